@@ -1,0 +1,32 @@
+"""`linear`: the one function that multiplies by a weight, whatever leaf holds it."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxcomp.core.quantize import QTensor
+from jaxcomp.core.struct import node
+from pallas_kernels import quant_matmul
+
+
+@node
+class Linear:
+    """`y = x @ w + b`, with `w` `[*experts, in_ch, out_ch]` dense or quantized, `b` `[out_ch]`."""
+
+    w: Float[Array, "*experts in_ch out_ch"] | QTensor
+    b: Float[Array, " out_ch"] | None = None
+
+
+def linear(p: Linear, x: Float[Array, "*tokens in_ch"]) -> Float[Array, "*tokens out_ch"]:
+    """`x @ w + b` in the dtype of `x`, accumulated in float32.
+
+    The weight keeps its stored dtype and is cast inside the product. `preferred_element_type`
+    is not only for accuracy: with it XLA's CPU backend uses the bfloat16 matrix units (1,700
+    against 210 GFLOP/s for a 1024 × 576 × 1536 product), without it it computes in float32.
+    """
+    if isinstance(p.w, QTensor):
+        y = quant_matmul(x, p.w.packed, p.w.scale, p.w.zero_point, p.w.bits)
+    else:
+        y = jnp.matmul(x, p.w.astype(x.dtype), preferred_element_type=jnp.float32)
+    if p.b is not None:
+        y = y + p.b.astype(jnp.float32)
+    return y.astype(x.dtype)
