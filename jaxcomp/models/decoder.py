@@ -1,0 +1,186 @@
+"""The model: a tuple of blocks between an embedding and a head. Read this file to know it.
+
+Everything a block is made of is said by its own nodes. `Decoder.blocks` may hold handles (into a
+checkpoint or a work store) instead of arrays; `load_block` and `map_blocks` are the only ways to
+reach them, one at a time, so a model larger than memory goes through every method.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxcomp.core.linear import Linear, linear
+from jaxcomp.core.site import Site, Tap, site_tap
+from jaxcomp.core.struct import node, static
+from jaxcomp.kv.cache import Cache, LayerCache, init_cache
+from jaxcomp.models.attention import GQA, Context, attention, masked_context, plain_context
+from jaxcomp.models.config import ModelConfig
+from jaxcomp.models.ffn import DenseFFN, ffn
+from jaxcomp.models.layers import Embed, RMSNorm, embed_tokens, rms_norm
+
+
+@node
+class Block:
+    """One decoder block, pre-norm, with optional norms after each unit.
+
+    Attributes:
+      sites: what happens at the block's named activations; a site not named is left alone.
+      gate: `x + gate · (block(x) − x)`; None for an ordinary block.
+    """
+
+    attn_norm: RMSNorm | None
+    attn: GQA
+    ffn_norm: RMSNorm | None
+    ffn: DenseFFN
+    attn_post_norm: RMSNorm | None = None
+    ffn_post_norm: RMSNorm | None = None
+    sites: dict[str, Site] = dataclasses.field(default_factory=dict)
+    gate: Float[Array, ""] | None = None
+
+
+@runtime_checkable
+class BlockHandle(Protocol):
+    """A block that is not in memory."""
+
+    def load(self) -> Block:
+        """The block with its arrays, in their stored dtypes, on the host."""
+        ...
+
+    def struct(self) -> Block:
+        """The block with `jax.ShapeDtypeStruct` leaves."""
+        ...
+
+
+@node
+class Decoder:
+    """A causal language model. `lm_head` None means the embedding is tied to the head."""
+
+    embed: Embed
+    blocks: tuple[Any, ...]  # Block or BlockHandle
+    norm: RMSNorm | None
+    lm_head: Linear | None = None
+    config: ModelConfig = static(default=None)
+
+
+def forward(
+    model: Decoder,
+    tokens: Int[Array, "batch time"],
+    valid: Bool[Array, "batch time"] | None = None,
+) -> Float[Array, "batch time vocab"]:
+    """Logits of whole sequences, float32.
+
+    Args:
+      model: any decoder; blocks behind handles are loaded one after another.
+      tokens: token ids below the vocabulary size.
+      valid: False for padding, on either side; the logits at padding are meaningless.
+    """
+    ctx = plain_context(*tokens.shape) if valid is None else masked_context(valid)
+    x = embed_tokens(model.embed, tokens, model.config.compute_dtype)
+    for block in iter_blocks(model):
+        x = block_forward(block, x, ctx)
+    return head_logits(model, x)
+
+
+def extend(
+    model: Decoder,
+    tokens: Int[Array, "batch time"],
+    cache: Cache,
+    valid: Bool[Array, "batch time"] | None = None,
+    last_only: bool = False,
+) -> tuple[Float[Array, "batch time vocab"], Cache]:
+    """Logits of tokens that follow what the cache holds, and the longer cache.
+
+    One call with the whole prompt is a prefill, one with a single token a decoding step. The
+    caller keeps `cache.length + time` within the capacity: JAX clamps writes past the end. With
+    `last_only` the logits are `[batch, 1, vocab]`, those of the last token.
+    """
+    batch, time = tokens.shape
+    valid = jnp.ones((batch, time), bool) if valid is None else valid
+    seen = jnp.sum(cache.valid, axis=-1, dtype=jnp.int32, keepdims=True)
+    positions = jnp.maximum(seen + jnp.cumsum(valid, axis=-1, dtype=jnp.int32) - 1, 0)
+    slots = cache.length + jnp.arange(time)
+    key_positions = cache.positions.at[:, slots].set(positions)
+    key_valid = cache.valid.at[:, slots].set(valid)
+    ctx = Context(positions, valid, cache.length, key_positions, key_valid)
+    x = embed_tokens(model.embed, tokens, model.config.compute_dtype)
+    layers = []
+    for block, layer in zip(iter_blocks(model), cache.layers, strict=True):
+        x, layer = block_apply(block, x, ctx, cache=layer)
+        layers.append(layer)
+    logits = head_logits(model, x[:, -1:] if last_only else x)
+    return logits, Cache(tuple(layers), key_positions, key_valid, cache.length + time)
+
+
+def empty_cache(model: Decoder, batch: int, capacity: int) -> Cache:
+    """A cache for `capacity` tokens of each of `batch` sequences, in the compute dtype."""
+    shapes = tuple((b.attn.n_kv_heads, b.attn.head_dim) for b in map(block_struct, model.blocks))
+    return init_cache(shapes, batch, capacity, model.config.compute_dtype)
+
+
+def block_forward(
+    block: Block, x: Float[Array, "batch time d_model"], ctx: Context, tap: Tap | None = None
+) -> Float[Array, "batch time d_model"]:
+    """One block on whole sequences; `tap` replaces the default that enters the block's sites."""
+    return block_apply(block, x, ctx, tap)[0]
+
+
+def block_apply(
+    block: Block,
+    x: Float[Array, "batch time d_model"],
+    ctx: Context,
+    tap: Tap | None = None,
+    cache: LayerCache | None = None,
+) -> tuple[Float[Array, "batch time d_model"], LayerCache | None]:
+    """One block, with or without a cache."""
+    tap = tap or site_tap(block.sites)
+    h = tap("attn_in", rms_norm(block.attn_norm, x))
+    h, cache = attention(block.attn, h, ctx, tap, cache)
+    y = x + rms_norm(block.attn_post_norm, h)
+    h = ffn(block.ffn, tap("ffn_in", rms_norm(block.ffn_norm, y)), tap)
+    y = y + rms_norm(block.ffn_post_norm, h)
+    if block.gate is not None:
+        y = x + block.gate.astype(x.dtype) * (y - x)
+    return y, cache
+
+
+def head_logits(
+    model: Decoder, x: Float[Array, "*tokens d_model"]
+) -> Float[Array, "*tokens vocab"]:
+    """Final norm and head, float32."""
+    x = rms_norm(model.norm, x)
+    if model.lm_head is not None:
+        return linear(model.lm_head, x).astype(jnp.float32)
+    w = model.embed.weight.astype(x.dtype)
+    return jnp.einsum("...d,vd->...v", x, w, preferred_element_type=jnp.float32)
+
+
+def load_block(block: Block | BlockHandle) -> Block:
+    """The block itself, read from its handle if it is behind one."""
+    return block.load() if isinstance(block, BlockHandle) else block
+
+
+def block_struct(block: Block | BlockHandle) -> Block:
+    """The block's structure; leaves have `shape` and `dtype`, nothing is read."""
+    return block.struct() if isinstance(block, BlockHandle) else block
+
+
+def iter_blocks(model: Decoder) -> Iterator[Block]:
+    """The blocks in order, each in memory only while it is looked at."""
+    return map(load_block, model.blocks)
+
+
+def map_blocks(
+    model: Decoder,
+    f: Callable[[int, Block], Block],
+    keep: Callable[[int, Block], Block | BlockHandle] = lambda _, block: block,
+) -> Decoder:
+    """The model with every block replaced by `f(index, block)`, one block in memory at a time.
+
+    `keep` decides where a result lives: by default in memory, in a work store when it returns a
+    handle.
+    """
+    done = tuple(keep(i, f(i, load_block(block))) for i, block in enumerate(model.blocks))
+    return model.replace(blocks=done)

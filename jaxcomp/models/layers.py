@@ -1,0 +1,43 @@
+"""The small parts of a decoder: normalisation and embedding."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxcomp.core.struct import node, static
+
+
+@node
+class RMSNorm:
+    """`x / rms(x) · (offset + weight)`; `offset` 1 keeps (1 + w) weights as they are stored."""
+
+    weight: Float[Array, " channels"]
+    eps: float = static(default=1e-6)
+    offset: int = static(default=0)
+
+
+def rms_norm(
+    p: RMSNorm | None, x: Float[Array, "*dims channels"]
+) -> Float[Array, "*dims channels"]:
+    """Normalises over the last axis in float32; without parameters it is the identity."""
+    if p is None:
+        return x
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + p.eps)
+    return (y * (p.offset + p.weight.astype(jnp.float32))).astype(x.dtype)
+
+
+@node
+class Embed:
+    """Token embedding; `scale` multiplies what is read from it."""
+
+    weight: Float[Array, "vocab d_model"]
+    scale: float | None = static(default=None)
+
+
+def embed_tokens(
+    p: Embed, tokens: Int[Array, "batch time"], dtype: str
+) -> Float[Array, "batch time d_model"]:
+    """Rows of the embedding in `dtype`."""
+    x = p.weight[tokens].astype(dtype)
+    return x if p.scale is None else x * jnp.asarray(p.scale, dtype)

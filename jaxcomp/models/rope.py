@@ -1,0 +1,99 @@
+"""Rotary position embedding with the scalings found in checkpoints.
+
+Angles: a[t, i] = position[t] · f[i], f[i] = theta^(−2i/d). Scalings change f (and, for YaRN, the
+magnitude of cos and sin). The half-split form is used: channels i and i + d/2 form a pair.
+
+Source: Su et al., arXiv 2104.09864; linear: Chen et al., arXiv 2306.15595; dynamic NTK and YaRN:
+Peng et al., arXiv 2309.00071; llama3: the Llama 3.1 release. Where papers leave freedom,
+transformers' `modeling_rope_utils` is followed, so that logits agree with it.
+"""
+
+import math
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxcomp.core.struct import static_value
+
+
+@static_value
+class Rope:
+    """Settings of one rotary embedding.
+
+    Attributes:
+      theta: base of the geometric frequency series.
+      kind: how frequencies are scaled for contexts beyond `original_context`.
+      factor: context extension factor.
+      original_context: training context before extension, in tokens ("dynamic", "llama3", "yarn").
+      low_freq_factor, high_freq_factor: borders of the llama3 ramp, in turns per context.
+      beta_fast, beta_slow, truncate: borders of the YaRN ramp, in turns per context.
+      attention_factor: multiplies cos and sin (YaRN).
+    """
+
+    theta: float
+    kind: Literal["default", "linear", "dynamic", "llama3", "yarn"] = "default"
+    factor: float = 1.0
+    original_context: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+
+
+def rope_tables(
+    rope: Rope, head_dim: int, positions: Int[Array, "batch time"]
+) -> tuple[Float[Array, "batch time half"], Float[Array, "batch time half"]]:
+    """cos and sin of the angles at `positions`, float32, `half = head_dim / 2`."""
+    angles = positions[..., None].astype(jnp.float32) * _frequencies(rope, head_dim, positions)
+    return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
+
+
+def rotate(
+    x: Float[Array, "batch time heads head_dim"],
+    cos: Float[Array, "batch time half"],
+    sin: Float[Array, "batch time half"],
+) -> Float[Array, "batch time heads head_dim"]:
+    """Turns each channel pair (i, i + head_dim/2) by its angle, in float32."""
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+
+def _frequencies(rope: Rope, dim: int, positions: Array) -> Array | np.ndarray:
+    base = rope.theta
+    exponent = np.arange(0, dim, 2, dtype=np.float64) / dim
+    if rope.kind == "dynamic":  # the base grows with the longest position seen so far
+        length = jnp.maximum(jnp.max(positions) + 1, rope.original_context).astype(jnp.float32)
+        stretch = rope.factor * length / rope.original_context - (rope.factor - 1)
+        grown = base * stretch ** (dim / (dim - 2))
+        return grown ** jnp.asarray(-exponent, jnp.float32)
+    freq = base**-exponent
+    if rope.kind == "linear":
+        freq = freq / rope.factor
+    elif rope.kind == "llama3":
+        turns = rope.original_context * freq / (2 * math.pi)
+        low, high = rope.low_freq_factor, rope.high_freq_factor
+        smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        freq = freq * (smooth + (1 - smooth) / rope.factor)
+    elif rope.kind == "yarn":
+        keep = 1 - _yarn_ramp(rope, dim)
+        freq = freq * (keep + (1 - keep) / rope.factor)
+    return freq.astype(np.float32)
+
+
+def _yarn_ramp(rope: Rope, dim: int) -> np.ndarray:
+    def channel(turns: float) -> float:  # the pair that makes `turns` over the original context
+        return (dim * math.log(rope.original_context / (turns * 2 * math.pi))) / (
+            2 * math.log(rope.theta)
+        )
+
+    low, high = channel(rope.beta_fast), channel(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    high += 0.001 if low == high else 0.0
+    return np.clip((np.arange(dim // 2) - low) / (high - low), 0.0, 1.0)

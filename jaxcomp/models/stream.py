@@ -1,0 +1,50 @@
+"""Run a decoder block by block: one block in memory, hidden states on the host.
+
+This is how evaluation and calibration see a model. A block is compiled once per structure, and a
+model larger than memory streams through.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxcomp.models.attention import plain_context
+from jaxcomp.models.decoder import Block, Decoder, block_forward, iter_blocks
+from jaxcomp.models.layers import embed_tokens
+
+Hidden = list[np.ndarray]  # one [batch, time, d_model] array a batch
+
+
+@functools.partial(jax.jit, donate_argnums=1)
+def block_step(
+    block: Block, x: Float[Array, "batch time d_model"]
+) -> Float[Array, "batch time d_model"]:
+    """One block on whole unpadded sequences."""
+    return block_forward(block, x, plain_context(*x.shape[:2]))
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _embed(embed, tokens, dtype):
+    return embed_tokens(embed, tokens, dtype)
+
+
+def embed_batches(model: Decoder, tokens: Int[np.ndarray, "n time"], batch: int) -> Hidden:
+    """The hidden states before the first block, `batch` sequences at a time."""
+    dtype = model.config.compute_dtype
+    return [
+        np.asarray(_embed(model.embed, tokens[i : i + batch], dtype))
+        for i in range(0, len(tokens), batch)
+    ]
+
+
+def run_blocks(
+    model: Decoder, hidden: Hidden, each: Callable[[Iterable[Block]], Iterable[Block]] = iter
+) -> Hidden:
+    """Hidden states after the last block; `each` may wrap the blocks to show progress."""
+    for block in each(iter_blocks(model)):
+        block = jax.device_put(block)
+        hidden = [np.asarray(block_step(block, x)) for x in hidden]
+    return hidden
