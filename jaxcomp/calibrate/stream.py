@@ -1,0 +1,218 @@
+"""`blockwise`: the loop that every block method shares.
+
+    hidden = embed(tokens)
+    for block in blocks:                     one block in memory
+        block', metrics = visit(block, hidden)
+        hidden = block'(hidden)              "compressed": what the finished prefix really produces
+              or block(hidden)               "original": what the model this step received produces
+
+With a `StepStore` every finished block, its rows and the hidden states behind it are on disk before
+the next block is begun, so a run killed at any point continues at the next block with the very
+arrays it would have had.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from jaxcomp.core.metrics import Row
+from jaxcomp.core.store import StoredTree, save_tree
+from jaxcomp.core.tree import named_leaves
+from jaxcomp.models.decoder import Block, Decoder, load_block
+from jaxcomp.models.stream import Hidden, block_step, embed_batches
+
+log = logging.getLogger(__name__)
+
+Metrics = dict[str, dict[str, float | int | str]]  # path of a linear ("" for the block) → numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Token windows to calibrate on.
+
+    Attributes:
+      tokens: int32 `[samples, length]`.
+      batch: windows that go through a block at once.
+    """
+
+    tokens: Int[np.ndarray, "samples length"]
+    batch: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockStep:
+    """What a visitor sees of one block.
+
+    Attributes:
+      index: position among the blocks, for messages only.
+      block: the block with its arrays on the device, in their stored dtypes.
+      hidden: its inputs on the host, one array a batch; empty when the method needs none.
+    """
+
+    index: int
+    block: Block
+    hidden: Hidden
+
+
+Visit = Callable[[BlockStep], tuple[Block, Metrics]]
+Progress = Callable[[str, int, int, list[Row]], None]  # step, blocks done, blocks, rows so far
+
+
+class StepStore:
+    """The unfinished work of one step, in a directory: finished blocks, rows, hidden states.
+
+    `state.json` is written last and atomically; what it names is complete.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def resume(self) -> tuple[int, list[Row]]:
+        """Blocks finished so far and their rows."""
+        try:
+            state = json.loads((self.path / "state.json").read_text())
+        except FileNotFoundError:
+            return 0, []
+        return state["done"], [Row(**row) for row in state["rows"]]
+
+    def block(self, index: int) -> StoredTree:
+        """A finished block."""
+        return StoredTree(self.path / f"blocks.{index}")
+
+    def hidden(self, done: int) -> Hidden:
+        """The hidden states behind `done` finished blocks."""
+        with np.load(self.path / f"hidden.{done}.npz") as stored:
+            dtype = jnp.dtype(str(stored["dtype"]))
+            return [stored[f"{i}"].view(dtype) for i in range(len(stored.files) - 1)]
+
+    def finish(self, index: int, block: Block, hidden: Hidden, rows: list[Row]) -> StoredTree:
+        """Records that block `index` is finished; returns its handle."""
+        place = self.path / f"blocks.{index}"
+        shutil.rmtree(place, ignore_errors=True)  # written by a run killed before its state.json
+        handle = save_tree(place, block)
+        done = index + 1
+        if hidden:
+            self._write(f"hidden.{done}.npz", lambda f: np.savez(f, **_as_bytes(hidden)))
+        state = {"done": done, "rows": [dataclasses.asdict(row) for row in rows]}
+        self._write("state.json", lambda f: f.write(json.dumps(state).encode()))
+        (self.path / f"hidden.{done - 1}.npz").unlink(missing_ok=True)
+        return handle
+
+    def _write(self, name: str, write: Callable) -> None:
+        part = self.path / f"{name}.tmp"
+        with open(part, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        part.rename(self.path / name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """How a step is run, as opposed to what it does.
+
+    Attributes:
+      store: where finished blocks go; None keeps them in memory and cannot resume.
+      progress: told after every block.
+    """
+
+    store: StepStore | None = None
+    progress: Progress | None = None
+
+
+class Result(NamedTuple):
+    """What a method returns: the new model, its blocks perhaps behind handles, and the rows."""
+
+    model: Decoder
+    rows: list[Row]
+
+
+def blockwise(
+    name: str,
+    model: Decoder,
+    calib: Calibration | None,
+    visit: Visit,
+    inputs: Literal["compressed", "original"] | None = "compressed",
+    run: Run = Run(),
+) -> Result:
+    """Lets `visit` change every block in turn.
+
+    Args:
+      name: the method's name in rows and messages.
+      calib: windows to stream through the model; needed unless `inputs` is None.
+      visit: gets a block and its inputs, returns the new block and its metrics.
+      inputs: which model produces the inputs of the next block; None streams nothing.
+
+    Raises:
+      ValueError: no calibration where one is needed; NaN or infinity in weights or activations.
+    """
+    if inputs and calib is None:
+        raise ValueError(f"{name} needs calibration text; give the recipe a CalibSpec as `calib`")
+    total = len(model.blocks)
+    done, rows = run.store.resume() if run.store else (0, [])
+    blocks: list[Any] = [run.store.block(i) for i in range(done)] if run.store else []
+    hidden: Hidden = []
+    if inputs and done < total:
+        hidden = run.store.hidden(done) if done else _embedded(model, calib)
+    if run.progress:
+        run.progress(name, done, total, rows)
+    for index in range(done, total):
+        started = time.perf_counter()
+        block = jax.device_put(load_block(model.blocks[index]))
+        check_finite(block, f"the weights of block {index}")
+        new, metrics = visit(BlockStep(index, block, hidden))
+        if inputs and index + 1 < total:
+            source = jax.device_put(new if inputs == "compressed" else block)
+            hidden = [np.asarray(block_step(source, x)) for x in hidden]
+        seconds = time.perf_counter() - started
+        rows = rows + [
+            Row(name, index, linear or None, values) for linear, values in metrics.items() if linear
+        ]
+        rows.append(Row(name, index, None, metrics.get("", {}), seconds))
+        log.info("%s block %d/%d: %.1f s", name, index + 1, total, seconds)
+        del block
+        blocks.append(run.store.finish(index, new, hidden, rows) if run.store else new)
+        if run.progress:
+            run.progress(name, index + 1, total, rows)
+    return Result(model.replace(blocks=tuple(blocks)), rows)
+
+
+def check_finite(tree: Any, what: str) -> None:
+    """Refuses NaN and infinity.
+
+    Raises:
+      ValueError: names `what` and the leaf.
+    """
+    for path, leaf in named_leaves(tree).items():
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.all(jnp.isfinite(leaf))):
+            bad = int(jnp.sum(~jnp.isfinite(leaf)))
+            where = f", {path}" if path else ""
+            raise ValueError(
+                f"{what}{where}: {bad} of {leaf.size} values are NaN or infinity; "
+                "the checkpoint is damaged or overflowed in its dtype, fetch it again"
+            )
+
+
+def _embedded(model: Decoder, calib: Calibration) -> Hidden:
+    hidden = embed_batches(model, calib.tokens, calib.batch)
+    check_finite(hidden, "the embedding of the calibration text, batch")
+    return hidden
+
+
+def _as_bytes(hidden: Hidden) -> dict[str, np.ndarray]:
+    """npz knows no bfloat16: raw words and the dtype's name."""
+    dtype = hidden[0].dtype
+    word = np.dtype(f"u{dtype.itemsize}")
+    return {"dtype": np.array(dtype.name)} | {f"{i}": x.view(word) for i, x in enumerate(hidden)}

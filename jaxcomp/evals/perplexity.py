@@ -1,0 +1,113 @@
+"""Perplexity: exp of the mean negative log-likelihood of the next token, on whole windows.
+
+Windows are cut from the tokenized text (`jaxcomp.data.batches.evaluation_windows`); each predicts
+all its tokens but the first, or with `stride` only those not scored before. Blocks are streamed:
+all windows of a chunk go through one block before the next is touched.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxcomp.data.batches import evaluation_windows
+from jaxcomp.data.corpora import load_text
+from jaxcomp.models.decoder import Decoder, head_logits
+from jaxcomp.models.stream import embed_batches, run_blocks
+
+CHUNK_TOKENS = 2**17  # tokens whose hidden states are on the host at once
+HEAD_ROWS = 256  # tokens whose logits exist at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+    """Settings of a perplexity measurement.
+
+    Attributes:
+      text: a name or file that `jaxcomp.data.load_text` knows.
+      context: tokens a window, the first of which is not predicted.
+      stride: tokens between window starts; None for non-overlapping windows.
+      tokens: predicted tokens to score, from the start of the text; None for all.
+      batch: windows a compiled call works on.
+    """
+
+    text: str = "wiki_eval"
+    context: int = 1024
+    stride: int | None = None
+    tokens: int | None = None
+    batch: int = 1
+
+    def __call__(
+        self,
+        model: Decoder,
+        encode: Callable[[str], np.ndarray],
+        progress: Callable = lambda x, **_: x,
+    ) -> dict[str, float]:
+        """Perplexity, mean nats and bits per byte of `text` under `model`.
+
+        Args:
+          model: blocks may be behind handles.
+          encode: text → token ids, without special tokens.
+          progress: wraps an iterable to show how far it is.
+        """
+        corpus = load_text(self.text)
+        config = model.config
+        bos = config.bos_token_id if config.bos == "window" else None
+        windows = evaluation_windows(
+            encode(corpus.text), self.context, self.stride, self.tokens, bos_id=bos
+        )
+        nll = window_nll(model, windows.tokens, self.batch, progress)
+        scored = nll[windows.score]
+        mean = float(np.mean(scored, dtype=np.float64))
+        if not math.isfinite(mean):
+            raise ValueError(
+                f"the loss on {self.text!r} is {mean}: the model holds or makes NaN or infinity; "
+                "`jaxcomp inspect` names the block"
+            )
+        return {"perplexity": math.exp(min(mean, 700.0)), "nll": mean, "tokens": int(scored.size)}
+
+
+def window_nll(
+    model: Decoder,
+    tokens: Int[np.ndarray, "windows context"],
+    batch: int = 1,
+    progress: Callable = lambda x, **_: x,
+) -> Float[np.ndarray, "windows context-1"]:
+    """Negative log-likelihood of every token after the first of each window, in nats."""
+    chunk = max(batch, CHUNK_TOKENS // tokens.shape[1] // batch * batch)
+    out = []
+    for start in range(0, len(tokens), chunk):
+        part = tokens[start : start + chunk]
+        hidden = run_blocks(model, embed_batches(model, part, batch), progress)
+        for i, x in enumerate(hidden):
+            targets = part[i * batch : i * batch + len(x), 1:]
+            head = model.replace(blocks=())
+            out.append(np.asarray(token_nll(head, x[:, :-1], targets)))
+    return np.concatenate(out)
+
+
+@functools.partial(jax.jit)
+def token_nll(
+    model: Decoder, x: Float[Array, "batch time d_model"], targets: Int[Array, "batch time"]
+) -> Float[Array, "batch time"]:
+    """−log p(target) for each hidden state after the last block.
+
+    Logits exist for `HEAD_ROWS` tokens at a time, log-probabilities never: it is logsumexp − logit.
+    """
+    rows, wanted = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+    pad = -len(rows) % HEAD_ROWS
+    rows = jnp.pad(rows, ((0, pad), (0, 0))).reshape(-1, HEAD_ROWS, x.shape[-1])
+    wanted = jnp.pad(wanted, (0, pad)).reshape(-1, HEAD_ROWS)
+
+    def nll(args):
+        logits = head_logits(model, args[0])
+        gold = jnp.take_along_axis(logits, args[1][:, None], axis=-1)[:, 0]
+        return jax.nn.logsumexp(logits, axis=-1) - gold
+
+    out = jax.lax.map(nll, (rows, wanted))
+    return out.reshape(-1)[: targets.size].reshape(targets.shape)

@@ -1,0 +1,1 @@
+"""One matrix problem each: arrays in, arrays out, no models."""
