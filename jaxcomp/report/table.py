@@ -1,0 +1,151 @@
+"""The tables of a report, for a terminal."""
+
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+import rich.box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from jaxcomp.core.metrics import Row
+from jaxcomp.report.record import Report, linear_error
+
+WORST = 3  # linears that the table points out
+
+Numbers = dict[str, dict[str, Any]]  # name of the evaluation → name of the number → number
+
+
+def print_report(report: Report, console: Console | None = None) -> None:
+    """Prints the tables: a line per block and step, evaluations, sizes, time and memory."""
+    console = console or Console()
+    when = f" · {report.started}" if report.started else ""
+    console.print(f"[bold]{escape(report.source)}[/]{when}\n", highlight=False)
+    for step in dict.fromkeys(row.step for row in report.rows):
+        rows = [row for row in report.rows if row.step == step]
+        console.print(_step_table(step, rows))
+    if report.evals_before or report.evals_after:
+        console.print(eval_table(report.evals_before, report.evals_after))
+    if report.sizes:
+        console.print(size_table(report.sizes))
+    console.print(_cost_line(report), highlight=False)
+
+
+def eval_table(before: Numbers, after: Numbers) -> Table:
+    """Evaluations before and after, or the only ones there are."""
+    both = bool(before and after)
+    table = _table("evaluation", "", *(("before", "after", "change") if both else ("",)))
+    for name in dict.fromkeys([*before, *after]):
+        old, new = before.get(name, {}), after.get(name, {})
+        for key in dict.fromkeys([*old, *new]):
+            a, b = old.get(key), new.get(key)
+            cells = (
+                [_number(a), _number(b), _change(a, b)]
+                if both
+                else [_number(b if a is None else a)]
+            )
+            table.add_row(f"{escape(name)} {escape(key)}", *cells)
+    return table
+
+
+def size_table(size: dict[str, Any]) -> Table:
+    """The sizes of a model as a table."""
+    table = _table("size", "", "MB", "of 16 bit", "bits per weight")
+    dense = max(size["dense16_bytes"], 1)
+
+    def add(name: str, stored: int, bits: float | None = None) -> None:
+        shown = "" if bits is None else f"{bits:.2f}"
+        table.add_row(name, f"{stored / 1e6:,.2f}", f"{stored / dense:.1%}", shown)
+
+    if size["quantized_weights"]:
+        scales = size["scales_bytes"] + size["zero_points_bytes"]
+        add("codes", size["codes_bytes"])
+        add("scales and zero points", scales)
+        add("quantized weights", size["codes_bytes"] + scales, size["quantized_bits"])
+        table.add_section()
+    add("embedding", size["embed_bytes"])
+    add("blocks", size["blocks_bytes"])
+    add("final norm and head", size["head_bytes"])
+    add("[bold]all[/]", size["total_bytes"], size["total_bits_per_weight"])
+    add("the same at 16 bit", size["dense16_bytes"], 16)
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    style = dict(title_justify="left", title_style="bold", pad_edge=False, padding=(0, 0, 0, 1))
+    table = Table(title=title, box=rich.box.SIMPLE_HEAD, **style)
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+    return table
+
+
+def _step_table(step: str, rows: list[Row]) -> Table:
+    """A line per block, a column per kind of linear; the worst linears stand out."""
+    errors = {(r.block, r.linear): linear_error(r) for r in rows if linear_error(r) is not None}
+    kinds = list(dict.fromkeys(linear for _, linear in errors))
+    worst = set(sorted(errors, key=errors.get, reverse=True)[:WORST])
+    seconds: dict[Any, float] = {}
+    for row in rows:
+        seconds[row.block] = seconds.get(row.block, 0.0) + row.seconds
+    unit = "output" if any("error_after" in r.metrics for r in rows) else "weight"
+    title = f"{step}: relative {unit} error" if errors else step
+    table = _table(title, "block", *(kind.rpartition(".")[2] for kind in kinds), "bits", "s")
+    for block in seconds:
+        bits = [r.metrics["bits"] for r in rows if r.block == block and "bits" in r.metrics]
+        cells = []
+        for kind in kinds:
+            value = errors.get((block, kind))
+            text = "" if value is None else _short(value)
+            cells.append(f"[bold red]{text}[/]" if (block, kind) in worst else text)
+        mean_bits = f"{statistics.fmean(bits):.3g}" if bits else ""
+        name = "model" if block is None else str(block)
+        table.add_row(name, *cells, mean_bits, f"{seconds[block]:.1f}")
+    if kinds:
+        table.add_section()
+        for name, key in (("mean", None), ("before", "error_before")):
+            means = [_mean(_pick(rows, kind, key)) for kind in kinds]
+            if any(means):
+                table.add_row(f"[bold]{name}[/]", *means, "", "")
+    return table
+
+
+def _pick(rows: list[Row], kind: str, key: str | None) -> Iterable[float]:
+    values = (r.metrics.get(key) if key else linear_error(r) for r in rows if r.linear == kind)
+    return [v for v in values if isinstance(v, int | float)]
+
+
+def _mean(values: Iterable[float]) -> str:
+    return _short(statistics.fmean(values)) if values else ""
+
+
+def _short(value: float) -> str:
+    return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e+")
+
+
+def _change(before: Any, after: Any) -> str:
+    numbers = isinstance(before, int | float) and isinstance(after, int | float) and before
+    return f"{(after - before) / before:+.1%}" if numbers and before != after else ""
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else escape(str(value))
+
+
+def _cost_line(report: Report) -> str:
+    parts = [f"{escape(name)} {seconds:.1f} s" for name, seconds in report.seconds.items()]
+    if report.peak_rss_bytes:
+        above = report.peak_rss_bytes - report.baseline_rss_bytes
+        parts.append(
+            f"peak memory {report.peak_rss_bytes / 1e9:.2f} GB ({above / 1e9:.2f} GB above the "
+            "imports)"
+        )
+    if "device" in report.environment:
+        parts.append(
+            f"{escape(str(report.environment['device']))}, jax {report.environment['jax']}"
+        )
+    return "[dim]" + " · ".join(parts) + "[/]"
