@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxcomp.core.site import site_tap
@@ -24,14 +25,14 @@ def capture(block: Block, hidden: list, init: Mapping[str, Any], update: Update)
     Args:
       block: a block with arrays.
       hidden: its inputs, `[batch, time, d_model]` each.
-      init: site → initial state (a pytree of arrays); these sites are captured.
+      init: site → initial state (a pytree of arrays, which are used up); these sites are captured.
       update: (state, activation as it arrives at the site) → state; a module-level function,
         because it is part of the compilation key.
 
     Returns:
       site → final state.
     """
-    states = dict(init)
+    states = jax.tree.map(jnp.copy, dict(init))  # donated below; the caller's stay valid
     for x in hidden:
         states = _capture_batch(states, block, x, update)
     return states

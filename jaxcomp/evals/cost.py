@@ -31,6 +31,7 @@ class Cost:
     prompt: int = 512
     new: int = 32
     repeats: int = 3
+    name = "cost"  # what reports call it
 
     def __call__(
         self,

@@ -8,6 +8,7 @@ all windows of a chunk go through one block before the next is touched.
 import dataclasses
 import functools
 import math
+import pathlib
 from collections.abc import Callable
 
 import jax
@@ -42,6 +43,11 @@ class Perplexity:
     tokens: int | None = None
     batch: int = 1
 
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        return f"perplexity {pathlib.Path(self.text).name} @{self.context}"
+
     def __call__(
         self,
         model: Decoder,
@@ -67,7 +73,7 @@ class Perplexity:
         if not math.isfinite(mean):
             raise ValueError(
                 f"the loss on {self.text!r} is {mean}: the model holds or makes NaN or infinity; "
-                "`jaxcomp inspect` names the block"
+                "`jaxcomp inspect --check` names the block"
             )
         return {"perplexity": math.exp(min(mean, 700.0)), "nll": mean, "tokens": int(scored.size)}
 

@@ -1,0 +1,14 @@
+"""GPTQ W4 g64 of SmolLM2-135M on a small calibration budget: what `make demo` runs.
+
+Run: jaxcomp compress demo:smollm2 configs/smollm2_gptq_w4g64_demo.py --out build/demo
+"""
+
+from jaxcomp import GPTQ, CalibSpec, Perplexity, QuantSpec, Recipe
+
+
+def recipe() -> Recipe:
+    return Recipe(
+        steps=(GPTQ(weight=QuantSpec(bits=4, group_size=64)),),
+        calib=CalibSpec("wiki_calib", samples=16, length=1024, batch=4),
+        evals=(Perplexity("wiki_eval", context=1024, tokens=8184),),
+    )

@@ -1,0 +1,298 @@
+"""THE MAIN JOB: a checkpoint in, a compressed artefact and its report out. Start reading here.
+
+    source ─load─▶ model, tokenizer          blocks stay in their files
+    text ─▶ calibration windows
+    evals ─▶ numbers before
+    each step of the recipe: model ─▶ model', rows         resumable, block by block
+    evals ─▶ numbers after
+    artefact.save ─▶ OUT                     written aside, renamed when complete
+
+Unfinished work lives in `OUT.partial/` until the artefact is complete. A fingerprint of model,
+recipe and text guards it: it continues the run it belongs to and no other.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import pathlib
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import rich.console
+
+import jaxcomp
+from jaxcomp import artefact
+from jaxcomp.calibrate.stream import Calibration, Run, StepStore
+from jaxcomp.data.batches import sample_hash, sample_windows
+from jaxcomp.data.corpora import load_text
+from jaxcomp.hub.read import open_checkpoint
+from jaxcomp.hub.tokenizer import encode, load_tokenizer
+from jaxcomp.models.decoder import Decoder
+from jaxcomp.models.generate import generate_greedy
+from jaxcomp.models.sizes import peak_rss
+from jaxcomp.progress import ConsoleProgress
+from jaxcomp.recipe import CalibSpec, Recipe, recipe_to_json
+from jaxcomp.report import Report, environment, plot_report, print_report, sizes, to_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loaded:
+    """A model ready to use, with what came along.
+
+    Attributes:
+      model: blocks are handles when it was loaded lazily.
+      tokenizer: a fast tokenizer.
+      source: what the user asked for.
+      fingerprint: gives a digest of the weights; called only where it is needed.
+      files: companions that an artefact keeps, name → content or path.
+    """
+
+    model: Decoder
+    tokenizer: "PreTrainedTokenizerFast"
+    source: str
+    fingerprint: Callable[[], str]
+    files: dict[str, bytes | pathlib.Path]
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of `text` without special tokens, int32."""
+        return encode(self.tokenizer, text, self.model.config.vocab_size)
+
+
+def load(
+    source: str | pathlib.Path,
+    *,
+    compute_dtype: str | None = None,
+    lazy: bool = False,
+    allow_config: Iterable[str] = (),
+) -> Loaded:
+    """Opens an artefact of ours, or any checkpoint `jaxcomp.hub` reads.
+
+    Args:
+      source: an artefact, a Hugging Face directory, a `.gguf` file, a hub id, `demo:smollm2`.
+      compute_dtype: dtype of activations; by default the artefact's own, or float32.
+      lazy: leave an artefact's blocks on disk; those of a checkpoint always are.
+      allow_config: unknown config fields that the caller vouches change nothing.
+
+    Raises:
+      ValueError: not a model, or a damaged one; the message says where and what to do.
+    """
+    if artefact.is_artefact(source):
+        path = pathlib.Path(source)
+        model = artefact.load(path, lazy=lazy, compute_dtype=compute_dtype)
+        return Loaded(
+            model,
+            load_tokenizer(path / "tokenizer"),
+            str(source),
+            lambda: json.dumps(sorted(artefact.leaf_hashes(path).items())),
+            {p.name: p for p in path.glob("*.json") if p.name not in artefact.RESERVED},
+        )
+    checkpoint = open_checkpoint(
+        source, compute_dtype=compute_dtype or "float32", allow_config=allow_config
+    )
+    config = json.dumps(checkpoint.hf_config, indent=2).encode()
+    kept = {k: v for k, v in checkpoint.files.items() if k == "generation_config.json"}
+    return Loaded(
+        checkpoint.model,
+        load_tokenizer(checkpoint),
+        str(source),
+        lambda: checkpoint.fingerprint,
+        {"config.json": config, **kept},
+    )
+
+
+def evaluate(
+    loaded: Loaded, evals: Iterable[Any], progress: ConsoleProgress | None = None
+) -> dict[str, dict[str, float]]:
+    """Runs evaluations; name of the evaluation → its numbers."""
+    progress = progress or ConsoleProgress(None)
+    total = len(loaded.model.blocks)
+    results = {}
+    for evaluation in evals:
+        each = lambda blocks, name=evaluation.name: progress.each(blocks, name, total)  # noqa: E731
+        results[evaluation.name] = evaluation(loaded.model, loaded.encode, each)
+    return results
+
+
+def compress(
+    source: str | pathlib.Path,
+    recipe: Recipe,
+    out: str | pathlib.Path,
+    *,
+    resume: bool = True,
+    overwrite: bool = False,
+    compute_dtype: str = "float32",
+    allow_config: Iterable[str] = (),
+    console: rich.console.Console | None = None,
+) -> Report:
+    """Applies `recipe` to the model at `source` and writes the artefact `out`.
+
+    Args:
+      source: what `load` takes.
+      recipe: steps, calibration text, evaluations.
+      out: directory of the artefact; unfinished work lives in `OUT.partial` beside it.
+      resume: continue unfinished work of the same run; False discards it.
+      overwrite: replace an older artefact at `out`.
+      console: shows progress and the report; None is silent.
+
+    Returns:
+      The report, which is also `out/report.json`.
+
+    Raises:
+      ValueError: bad input of any kind, or unfinished work of another run and `resume`.
+    """
+    out = pathlib.Path(out)
+    artefact.check_output(out, overwrite)
+    baseline, started = peak_rss(), datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    loaded = load(source, compute_dtype=compute_dtype, lazy=True, allow_config=allow_config)
+    calib = calibration(loaded, recipe.calib) if recipe.calib else None
+    facts = {"windows_sha256": sample_hash(calib.tokens)} if calib else {}
+    identity = {
+        "model": loaded.fingerprint(),
+        "recipe": recipe_to_json(recipe),
+        "calibration": facts,
+        "compute_dtype": compute_dtype,
+        "jaxcomp": jaxcomp.__version__,
+    }
+    work = _open_work(out.with_name(out.name + ".partial"), identity, resume)
+    progress, seconds = ConsoleProgress(console), {}
+    with contextlib.closing(progress):
+        with _timed(seconds, "evaluation before"):
+            before = _once(work / "before.json", lambda: evaluate(loaded, recipe.evals, progress))
+        model, rows = loaded.model, []
+        for i, step in enumerate(recipe.steps):
+            with _timed(seconds, f"{i}: {type(step).__name__}"):
+                run = Run(StepStore(work / f"step.{i}"), progress.step)
+                model, new = step(model, calib, run)
+                rows += new
+        loaded = dataclasses.replace(loaded, model=model)
+        with _timed(seconds, "evaluation after"):
+            after = evaluate(loaded, recipe.evals, progress)
+    report = Report(
+        source=loaded.source,
+        recipe=identity["recipe"],
+        rows=tuple(rows),
+        evals_before=before,
+        evals_after=after,
+        sizes=sizes(model),
+        calibration=facts,
+        environment=environment(),
+        started=started,
+        seconds=seconds,
+        peak_rss_bytes=peak_rss(),
+        baseline_rss_bytes=baseline,
+    )
+    _save(loaded, report, out, overwrite)
+    shutil.rmtree(work)
+    if console:
+        print_report(report, console)
+    return report
+
+
+def generate(
+    loaded: Loaded,
+    prompt: str,
+    max_tokens: int = 64,
+    *,
+    chat: bool = False,
+    on_text: Callable[[str], None] = lambda _: None,
+) -> str:
+    """The greedy continuation of `prompt`; with `chat` the answer to it as a user's message.
+
+    `on_text` gets each new piece of text as soon as its characters are complete.
+    """
+    if chat:
+        message = [{"role": "user", "content": prompt}]
+        prompt = loaded.tokenizer.apply_chat_template(
+            message, tokenize=False, add_generation_prompt=True
+        )
+    ids = loaded.encode(prompt)
+    config, new, shown = loaded.model.config, [], ""
+    if config.bos == "window" and not chat:
+        ids = np.concatenate([[config.bos_token_id], ids])
+
+    def on_token(token: np.ndarray) -> None:
+        nonlocal shown
+        new.append(int(token[0]))
+        text = loaded.tokenizer.decode(new, skip_special_tokens=True)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            on_text(text[len(shown) :])
+            shown = text
+
+    generate_greedy(loaded.model, ids[None], max_tokens, config.eos_token_ids, on_token)
+    return loaded.tokenizer.decode(new, skip_special_tokens=True)
+
+
+def calibration(loaded: Loaded, spec: CalibSpec) -> Calibration:
+    """The windows that `spec` draws from its text, as `loaded` tokenizes it."""
+    config = loaded.model.config
+    ids = loaded.encode(load_text(spec.source).text)
+    bos = config.bos == "window"
+    tokens = sample_windows(ids, spec.samples, spec.length - bos, spec.seed)
+    if bos:
+        tokens = np.pad(tokens, ((0, 0), (1, 0)), constant_values=config.bos_token_id)
+    return Calibration(tokens, spec.batch)
+
+
+def _open_work(path: pathlib.Path, identity: dict, resume: bool) -> pathlib.Path:
+    """The directory for unfinished work, empty or belonging to this very run."""
+    if path.exists() and not resume:
+        shutil.rmtree(path)
+    mark = path / "run.json"
+    if mark.exists():
+        other = json.loads(mark.read_text())
+        if differs := sorted(k for k in identity if identity[k] != other.get(k)):
+            raise ValueError(
+                f"{path} holds unfinished work of another run (other: {', '.join(differs)}); "
+                "choose another output, or discard it with resume=False (--no-resume)"
+            )
+        return path
+    if path.exists() and any(path.iterdir()):
+        raise ValueError(f"{path} exists and is not unfinished work of a run; move it away")
+    path.mkdir(parents=True, exist_ok=True)
+    _write_json(mark, identity)
+    return path
+
+
+def _once(path: pathlib.Path, compute: Callable[[], Any]) -> Any:
+    """The JSON value at `path`, computed and kept there the first time."""
+    if not path.exists():
+        _write_json(path, compute())
+    return json.loads(path.read_text())
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
+    part = path.with_suffix(".tmp")
+    part.write_text(json.dumps(value))
+    part.rename(path)
+
+
+def _save(loaded: Loaded, report: Report, out: pathlib.Path, overwrite: bool) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = pathlib.Path(scratch) / "tokenizer"
+        loaded.tokenizer.save_pretrained(tokenizer)
+        picture = pathlib.Path(scratch) / "report.png"
+        plot_report(report, picture)
+        files = {f"tokenizer/{p.name}": p for p in tokenizer.iterdir()}
+        artefact.save(
+            loaded.model,
+            out,
+            recipe=report.recipe,
+            report=to_json(report),
+            files={**loaded.files, **files, picture.name: picture},
+            overwrite=overwrite,
+        )
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], what: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[what] = time.perf_counter() - start
