@@ -313,19 +313,24 @@ def _print_plan(
     model: str, recipe: Any, out: pathlib.Path, overwrite: bool, dtype: str | None, allow: tuple
 ) -> None:
     """Reads the structure, the tokenizer and the calibration text, and says what would be done."""
+    import rich.table
+
     from jaxcomp import artefact, job
     from jaxcomp.recipe import recipe_to_json
-    from jaxcomp.report import size_table, sizes
 
     artefact.check_output(out, overwrite)
-    loaded = job.load(model, compute_dtype=dtype, lazy=True, allow_config=allow)
     console.print(f"[bold]{model}[/] → [bold]{out}[/]", highlight=False)
     console.print_json(json.dumps(recipe_to_json(recipe)))
-    if recipe.calib:
-        samples, length = job.calibration(loaded, recipe.calib).tokens.shape
-        console.print(f"calibration: {samples} windows of {length} tokens", highlight=False)
-    console.print(size_table(sizes(loaded.model)))
-    console.print("a dry run: nothing was computed or written")
+    table = rich.table.Table("step", "time", "peak memory", title="plan", title_justify="left")
+    steps = job.dry_run(model, recipe, compute_dtype=dtype or "float32", allow_config=allow)
+    for step in steps:
+        seconds, peak = step["seconds"], step["peak_bytes"]
+        table.add_row(step["step"], f"{seconds / 60:.1f} min", f"{peak / 2**30:.2f} GiB")
+    console.print(table)
+    console.print(
+        "a dry run: every program was compiled and timed on zeros, no block was read and nothing "
+        "written; evaluations and file access come on top"
+    )
 
 
 def _check_finite(model: Any) -> None:

@@ -27,7 +27,8 @@ import rich.console
 
 import jaxcomp
 from jaxcomp import artefact
-from jaxcomp.calibrate.stream import Calibration, Run, StepStore
+from jaxcomp.calibrate.plan import plan
+from jaxcomp.calibrate.stream import Calibration, Run, StepStore, write_whole
 from jaxcomp.data.batches import sample_hash, sample_windows
 from jaxcomp.data.corpora import load_text
 from jaxcomp.hub.read import open_checkpoint
@@ -150,7 +151,8 @@ def compress(
     """
     out = pathlib.Path(out)
     artefact.check_output(out, overwrite)
-    baseline, started = peak_rss(), datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    baseline = peak_rss()
+    started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     loaded = load(source, compute_dtype=compute_dtype, lazy=True, allow_config=allow_config)
     calib = calibration(loaded, recipe.calib) if recipe.calib else None
     facts = {"windows_sha256": sample_hash(calib.tokens)} if calib else {}
@@ -194,6 +196,22 @@ def compress(
     if console:
         print_report(report, console)
     return report
+
+
+def dry_run(
+    source: str | pathlib.Path,
+    recipe: Recipe,
+    *,
+    compute_dtype: str = "float32",
+    allow_config: Iterable[str] = (),
+) -> list[dict[str, Any]]:
+    """What each step of `compress` would take: dicts with `step`, `seconds` and `peak_bytes`.
+
+    No block is read; see `jaxcomp.calibrate.plan`. Evaluations are not planned.
+    """
+    loaded = load(source, compute_dtype=compute_dtype, lazy=True, allow_config=allow_config)
+    calib = calibration(loaded, recipe.calib) if recipe.calib else None
+    return [step._asdict() for step in plan(loaded.model, recipe.steps, calib)]
 
 
 def generate(
@@ -243,20 +261,24 @@ def calibration(loaded: Loaded, spec: CalibSpec) -> Calibration:
 
 def _open_work(path: pathlib.Path, identity: dict, resume: bool) -> pathlib.Path:
     """The directory for unfinished work, empty or belonging to this very run."""
-    if path.exists() and not resume:
-        shutil.rmtree(path)
     mark = path / "run.json"
-    if mark.exists():
+    # A kill while the mark was written leaves `run.json.tmp` alone.
+    if path.exists() and not (
+        mark.exists() or (path.is_dir() and {p.name for p in path.iterdir()} <= {"run.json.tmp"})
+    ):
+        raise ValueError(f"{path} exists and is not unfinished work of a run; move it away")
+    if mark.exists() and resume:
         other = json.loads(mark.read_text())
-        if differs := sorted(k for k in identity if identity[k] != other.get(k)):
+        differs = sorted(k for k in identity if identity[k] != other.get(k))
+        if not differs:
+            return path
+        if any(path.glob("step.*/state.json")):  # else no block is finished, and none is lost
             raise ValueError(
                 f"{path} holds unfinished work of another run (other: {', '.join(differs)}); "
                 "choose another output, or discard it with resume=False (--no-resume)"
             )
-        return path
-    if path.exists() and any(path.iterdir()):
-        raise ValueError(f"{path} exists and is not unfinished work of a run; move it away")
-    path.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
     _write_json(mark, identity)
     return path
 
@@ -269,9 +291,7 @@ def _once(path: pathlib.Path, compute: Callable[[], Any]) -> Any:
 
 
 def _write_json(path: pathlib.Path, value: Any) -> None:
-    part = path.with_suffix(".tmp")
-    part.write_text(json.dumps(value))
-    part.rename(path)
+    write_whole(path, lambda f: f.write(json.dumps(value).encode()))
 
 
 def _save(loaded: Loaded, report: Report, out: pathlib.Path, overwrite: bool) -> None:

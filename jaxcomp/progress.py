@@ -1,4 +1,4 @@
-"""Progress on a terminal: one bar per step or evaluation, with the error and the time that is left."""
+"""Progress on a terminal: a bar a step or evaluation, with the error and the time that is left."""
 
 import statistics
 from collections.abc import Iterable, Iterator

@@ -34,12 +34,13 @@ def capture(block: Block, hidden: list, init: Mapping[str, Any], update: Update)
     """
     states = jax.tree.map(jnp.copy, dict(init))  # donated below; the caller's stay valid
     for x in hidden:
-        states = _capture_batch(states, block, x, update)
+        states = capture_batch(states, block, x, update)
     return states
 
 
 @functools.partial(jax.jit, static_argnames="update", donate_argnums=0)
-def _capture_batch(states: dict, block: Block, x: Array, update: Update) -> dict:
+def capture_batch(states: dict, block: Block, x: Array, update: Update) -> dict:
+    """One batch of `capture`; `states` is donated."""
     records = {}
     enter = site_tap(block.sites)
 

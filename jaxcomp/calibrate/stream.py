@@ -19,7 +19,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -104,19 +104,35 @@ class StepStore:
         handle = save_tree(place, block)
         done = index + 1
         if hidden:
-            self._write(f"hidden.{done}.npz", lambda f: np.savez(f, **_as_bytes(hidden)))
+            write_whole(
+                self.path / f"hidden.{done}.npz", lambda f: np.savez(f, **_as_bytes(hidden))
+            )
         state = {"done": done, "rows": [dataclasses.asdict(row) for row in rows]}
-        self._write("state.json", lambda f: f.write(json.dumps(state).encode()))
+        write_whole(self.path / "state.json", lambda f: f.write(json.dumps(state).encode()))
         (self.path / f"hidden.{done - 1}.npz").unlink(missing_ok=True)
         return handle
 
-    def _write(self, name: str, write: Callable) -> None:
-        part = self.path / f"{name}.tmp"
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Lets `write` fill a file, which appears complete or not at all.
+
+    Raises:
+      OSError: it cannot be written; the message names the place and what to do.
+    """
+    part = path.with_name(f"{path.name}.tmp")
+    try:
         with open(part, "wb") as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())
-        part.rename(self.path / name)
+        part.rename(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(
+            error.errno,
+            f"writing {path} failed: {error}; free some space there and run again: finished blocks "
+            "are kept",
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)

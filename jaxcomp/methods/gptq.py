@@ -6,22 +6,32 @@ next block sees what this one now produces.
 
 Source: Frantar et al., arXiv 2210.17323, and the authors' code: act-order, static groups with it,
 damping 0.01, the order {q, k, v}, {o}, {gate, up}, {down}. Default here, not there: act-order on.
+
+`first_token_weight` is ours. In models with an attention sink most heads look at the first token,
+whose value vector is nearly zero on purpose; as one token of a window it counts next to nothing in
+the Hessian, GPTQ pays with it, and its value errs 10 to 20 times more than by rounding to nearest.
+On SmolLM2, quantizing nothing but `attn.v` that way costs more perplexity than rounding does.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
-from jaxcomp.calibrate.capture import capture
+from jaxcomp.calibrate.capture import capture, capture_batch
+from jaxcomp.calibrate.plan import BlockPlan, Program, tree_bytes
 from jaxcomp.calibrate.stats import hessian_finish, hessian_init, hessian_update
 from jaxcomp.calibrate.stream import BlockStep, Calibration, Metrics, Result, Run, blockwise
 from jaxcomp.core.quantize import QTensor, QuantSpec, dequantize
 from jaxcomp.core.tree import get_at, replace_at
 from jaxcomp.models.anatomy import anatomy
 from jaxcomp.models.decoder import Block, Decoder
+from jaxcomp.models.stream import block_step
 from jaxcomp.solvers.gptq import gptq
 
 
@@ -34,6 +44,8 @@ class GPTQ:
       act_order: round the channels with the largest activations first.
       damp: share of the Hessian's mean diagonal added to its diagonal, in (0, 1].
       clip: search each group's range instead of taking min and max.
+      first_token_weight: weight in the Hessians of the first token of each window, the others
+        having 1; 1.0 is the published method, 16 protects an attention sink.
       sequential: take a site's Hessian after the sites before it in the block are quantized, as
         the authors do; False takes all of a block at once, for less than half the time.
     """
@@ -42,14 +54,37 @@ class GPTQ:
     act_order: bool = True
     damp: float = 0.01
     clip: bool = False
+    first_token_weight: float = 1.0
     sequential: bool = True
 
     def __post_init__(self):
+        if self.first_token_weight <= 0:
+            raise ValueError(
+                f"first_token_weight={self.first_token_weight} is not positive; 1.0 treats all "
+                "tokens alike"
+            )
         if not 0 < self.damp <= 1:
             raise ValueError(f"damp={self.damp} is outside (0, 1]; the usual value is 0.01")
 
     def __call__(self, model: Decoder, calib: Calibration | None, run: Run = Run()) -> Result:
         return blockwise("GPTQ", model, calib, functools.partial(solve_block, self), run=run)
+
+    def plan_block(self, block: Block, hidden: Any, batches: int) -> BlockPlan:
+        """The programs of one block, for a dry run."""
+        dense, programs = jax.eval_shape(lambda b: jax.tree.map(_as_float32, b), block), []
+        sites = anatomy(block).sites
+        for wave in _waves(self, sites):
+            states = jax.eval_shape(lambda wave=wave: _init(self, block, wave))
+            captured = Program(
+                capture_batch, (states, dense, hidden), batches, dict(update=hessian_update)
+            )
+            programs.append(captured)
+            for name in wave:
+                weights = {path: get_at(dense, path).w for path in sites[name].consumers}
+                hessian = states[name].total
+                programs.append(Program(_solve_jit, (weights, hessian), 1, dict(cfg=self)))
+        programs.append(Program(block_step, (dense, hidden), batches))
+        return BlockPlan(programs, kept_bytes=tree_bytes(dense))
 
 
 def solve_block(cfg: GPTQ, step: BlockStep) -> tuple[Block, Metrics]:
@@ -57,10 +92,9 @@ def solve_block(cfg: GPTQ, step: BlockStep) -> tuple[Block, Metrics]:
     sites = anatomy(step.block).sites
     # Every pass sees float32 weights, quantized or not, so that all of them share a compilation.
     block = jax.tree.map(_as_float32, step.block)
-    waves = [[name] for name in sites] if cfg.sequential else [list(sites)]
     solved, metrics = {}, {}
-    for wave in waves:
-        hessians = _hessians(step, block, wave)
+    for wave in _waves(cfg, sites):
+        hessians = _hessians(cfg, step, block, wave)
         for name in wave:
             weights = {}
             for path in sites[name].consumers:
@@ -87,12 +121,19 @@ def _as_float32(a):
     return a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a
 
 
-def _hessians(step: BlockStep, block: Block, names: list[str]) -> dict:
+def _waves(cfg: GPTQ, sites: Iterable[str]) -> list[list[str]]:
+    """Which sites are solved from one pass over the inputs."""
+    return [[name] for name in sites] if cfg.sequential else [list(sites)]
+
+
+def _init(cfg: GPTQ, block: Block, names: list[str]) -> dict:
     parts = anatomy(block).sites
-    init = {
-        name: hessian_init(get_at(block, parts[name].consumers[0]).w.shape[-2]) for name in names
-    }
-    states = capture(block, step.hidden, init, hessian_update)
+    channels = {name: get_at(block, parts[name].consumers[0]).w.shape[-2] for name in names}
+    return {name: hessian_init(n, cfg.first_token_weight) for name, n in channels.items()}
+
+
+def _hessians(cfg: GPTQ, step: BlockStep, block: Block, names: list[str]) -> dict:
+    states = capture(block, step.hidden, _init(cfg, block, names), hessian_update)
     for name, state in states.items():
         if not bool(jnp.isfinite(state.total).all()):
             raise ValueError(
@@ -102,15 +143,15 @@ def _hessians(step: BlockStep, block: Block, names: list[str]) -> dict:
     return {name: hessian_finish(state) for name, state in states.items()}
 
 
-def _solve(cfg: GPTQ, weights: dict, hessian) -> dict:
+def _solve(cfg: GPTQ, weights: dict, hessian: Array) -> dict:
     """One solve for all consumers of a site: the output channels do not interact."""
     if cfg.weight.granularity == "tensor":  # one scale a weight: no shared solve
-        return {p: _solve_jit(cfg, {p: w}, hessian)[p] for p, w in weights.items()}
-    return _solve_jit(cfg, weights, hessian)
+        return {p: _solve_jit({p: w}, hessian, cfg=cfg)[p] for p, w in weights.items()}
+    return _solve_jit(weights, hessian, cfg=cfg)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _solve_jit(cfg: GPTQ, weights: dict, hessian) -> dict:
+def _solve_jit(weights: dict, hessian: Array, cfg: GPTQ) -> dict:
     joined = jnp.concatenate(list(weights.values()), axis=-1)
     solution = gptq(
         joined, hessian, cfg.weight, act_order=cfg.act_order, damp=cfg.damp, clip=cfg.clip

@@ -8,9 +8,11 @@ Source: Jacob et al., arXiv 1712.05877; the clip search is `jaxcomp.solvers.clip
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 
+from jaxcomp.calibrate.plan import BlockPlan, Program, tree_bytes
 from jaxcomp.calibrate.stream import BlockStep, Calibration, Metrics, Result, Run, blockwise
 from jaxcomp.core.metrics import relative_error
 from jaxcomp.core.quantize import QTensor, QuantSpec, dequantize, fit_range, quantize_with
@@ -50,6 +52,15 @@ class RTN:
     ) -> Result:
         return blockwise("RTN", model, calib, functools.partial(round_block, self), None, run)
 
+    def plan_block(self, block: Block, hidden: Any, batches: int) -> BlockPlan:
+        """The programs of one block, for a dry run."""
+        programs = []
+        for path in anatomy(block).linears if self.weight else ():
+            w = get_at(block, path).w
+            if not isinstance(w, QTensor):
+                programs.append(Program(_round, (w,), 1, dict(spec=self.weight, clip=self.clip)))
+        return BlockPlan(programs, kept_bytes=tree_bytes(block))
+
 
 def round_block(cfg: RTN, step: BlockStep) -> tuple[Block, Metrics]:
     """Quantizes one block's weights and puts quantizers at its sites."""
@@ -59,7 +70,7 @@ def round_block(cfg: RTN, step: BlockStep) -> tuple[Block, Metrics]:
         w = get_at(step.block, path).w
         if cfg.weight is None or isinstance(w, QTensor):
             continue
-        quantized, error = _round(w, cfg.weight, cfg.clip)
+        quantized, error = _round(w, spec=cfg.weight, clip=cfg.clip)
         block = replace_at(block, f"{path}.w", quantized)
         metrics[path] = {"weight_error": float(error), "bits": cfg.weight.bits}
     sites = {name: cfg.act for name in parts.sites} | {"k_cache": cfg.kv, "v_cache": cfg.kv}

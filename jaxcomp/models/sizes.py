@@ -43,11 +43,20 @@ def sizes(model: Decoder) -> dict[str, float]:
 
 def peak_rss() -> int:
     """Largest resident memory of this process so far, in bytes (VmHWM)."""
+    return _status("VmHWM")
+
+
+def rss() -> int:
+    """Resident memory of this process now, in bytes (VmRSS); the peak where that is unknown."""
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int:
     try:
         status = pathlib.Path("/proc/self/status").read_text()
     except OSError:  # not Linux; there ru_maxrss is in bytes
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    line = next(line for line in status.splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
 
