@@ -37,7 +37,7 @@ from jaxcomp.models.decoder import Decoder
 from jaxcomp.models.generate import generate_greedy
 from jaxcomp.models.sizes import peak_rss
 from jaxcomp.progress import ConsoleProgress
-from jaxcomp.recipe import CalibSpec, Recipe, recipe_to_json
+from jaxcomp.recipe import CalibSpec, Recipe, fingerprint, recipe_to_json
 from jaxcomp.report import Report, environment, plot_report, print_report, sizes, to_json
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def load(
             model,
             load_tokenizer(path / "tokenizer"),
             str(source),
-            lambda: json.dumps(sorted(artefact.leaf_hashes(path).items())),
+            lambda: fingerprint(artefact.leaf_hashes(path)),
             {p.name: p for p in path.glob("*.json") if p.name not in artefact.RESERVED},
         )
     checkpoint = open_checkpoint(

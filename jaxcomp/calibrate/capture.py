@@ -25,7 +25,7 @@ def capture(block: Block, hidden: list, init: Mapping[str, Any], update: Update)
     Args:
       block: a block with arrays.
       hidden: its inputs, `[batch, time, d_model]` each.
-      init: site → initial state (a pytree of arrays, which are used up); these sites are captured.
+      init: site → initial state (a pytree of arrays); these sites are captured.
       update: (state, activation as it arrives at the site) → state; a module-level function,
         because it is part of the compilation key.
 

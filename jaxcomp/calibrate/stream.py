@@ -189,9 +189,10 @@ def blockwise(
         block = jax.device_put(load_block(model.blocks[index]))
         check_finite(block, f"the weights of block {index}")
         new, metrics = visit(BlockStep(index, block, hidden))
-        if inputs and index + 1 < total:
+        if inputs:
             source = jax.device_put(new if inputs == "compressed" else block)
-            hidden = [np.asarray(block_step(source, x)) for x in hidden]
+            last = index + 1 == total
+            hidden = [] if last else [np.asarray(block_step(source, x)) for x in hidden]
         seconds = time.perf_counter() - started
         rows = rows + [
             Row(name, index, linear or None, values) for linear, values in metrics.items() if linear

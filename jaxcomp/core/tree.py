@@ -36,9 +36,7 @@ def get_at(tree: Any, path: str) -> Any:
 
 def replace_at(tree: Any, path: str, value: Any) -> Any:
     """A copy of `tree` with the subtree at `path` replaced; everything else is shared."""
-    word, _, rest = path.partition(".")
-    child = _child(tree, word, path)
-    return _with_child(tree, word, replace_at(child, rest, value) if rest else value)
+    return _replace(tree, path.split("."), value, path)
 
 
 def replace_many(tree: Any, values: Mapping[str, Any]) -> Any:
@@ -46,6 +44,13 @@ def replace_many(tree: Any, values: Mapping[str, Any]) -> Any:
     for path, value in values.items():
         tree = replace_at(tree, path, value)
     return tree
+
+
+def _replace(tree: Any, words: list[str], value: Any, path: str) -> Any:
+    if not words:
+        return value
+    child = _child(tree, words[0], path)
+    return _with_child(tree, words[0], _replace(child, words[1:], value, path))
 
 
 def _child(tree: Any, word: str, path: str) -> Any:
