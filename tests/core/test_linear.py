@@ -1,0 +1,59 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcomp.core.linear import Linear, linear
+from jaxcomp.core.quantize import QuantSpec, dequantize, quantize
+
+IN, OUT = 24, 6
+
+
+def arrays(dtype="float32"):
+    rng = np.random.default_rng(0)
+    w, b, x = (rng.standard_normal(shape) for shape in ((IN, OUT), (OUT,), (2, 5, IN)))
+    return jnp.asarray(w, dtype), jnp.asarray(b, dtype), jnp.asarray(x, dtype)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "int4", "int3 groups"])
+def test_the_product_agrees_with_float64_whatever_leaf_holds_the_weight(stored, bias):
+    w, b, x = arrays()
+    if stored.startswith("int"):
+        spec = QuantSpec(
+            int(stored[3]), group_size=8 if "groups" in stored else None, symmetric=False
+        )
+        leaf = quantize(w, spec)
+        values = dequantize(leaf)
+    else:
+        leaf = values = w.astype(stored)
+    expected = np.asarray(x, np.float64) @ np.asarray(values, np.float64)
+    expected += np.asarray(b, np.float64) if bias else 0
+    y = linear(Linear(leaf, b if bias else None), x)
+    assert y.dtype == x.dtype
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_bfloat16_activations_stay_bfloat16_and_are_summed_in_float32(quantized):
+    x = jnp.ones((1, 1024), jnp.bfloat16)
+    w = jnp.ones((1024, 1))
+    p = Linear(quantize(w, QuantSpec(bits=8)) if quantized else w, jnp.array([0.5]))
+    y = linear(p, x)
+    assert y.dtype == jnp.bfloat16 and y[0, 0] == 1024  # 1024.5 rounded once
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_and_simulated_products_agree(bits):
+    w, b, x = arrays()
+    q = quantize(w, QuantSpec(bits=bits, group_size=12))
+    simulated = linear(Linear(dequantize(q), b), x)
+    np.testing.assert_allclose(linear(Linear(q, b), x), simulated, rtol=1e-6, atol=1e-6)
+
+
+def test_the_weight_keeps_its_stored_dtype_and_gradients_reach_the_input():
+    w, _, x = arrays()
+    p = Linear(quantize(w, QuantSpec(bits=8)))
+    grad = jax.grad(lambda x: linear(p, x).sum())(x)
+    expected = np.broadcast_to(np.asarray(dequantize(p.w)).sum(1), x.shape)
+    np.testing.assert_allclose(grad, expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,57 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcomp.core.quantize import QuantSpec, fake_quantize, range_to_grid
+from jaxcomp.core.site import SITES, ActQuantizer, Site, enter_site, site_tap
+from jaxcomp.models.attention import plain_context
+from jaxcomp.models.decoder import block_forward
+from tests import tiny
+
+TOKEN4 = QuantSpec(bits=4, granularity="token", dynamic=True)
+
+
+@pytest.fixture(scope="module")
+def x():
+    return jax.random.normal(jax.random.key(0), (2, 5, 8))
+
+
+def test_an_empty_site_and_a_site_not_named_change_nothing(x):
+    assert enter_site(Site(), x) is x
+    assert site_tap({"ffn_in": Site(ActQuantizer(TOKEN4))})("attn_in", x) is x
+
+
+def test_a_dynamic_quantizer_measures_what_passes(x):
+    tap = site_tap({"ffn_in": Site(ActQuantizer(TOKEN4))})
+    np.testing.assert_array_equal(tap("ffn_in", x), fake_quantize(x, TOKEN4))
+    assert tap("ffn_in", x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_a_static_quantizer_uses_its_own_range(x):
+    spec = QuantSpec(bits=8, granularity="tensor", symmetric=False)
+    scale, zero = range_to_grid(jnp.float32(-1), jnp.float32(1), spec)
+    y = np.asarray(enter_site(Site(ActQuantizer(spec, scale, zero)), x))
+    clipped = np.clip(x, -1, 1)
+    assert np.max(np.abs(y - clipped)) <= 1.01 * float(scale)
+    assert len(set(y[np.asarray(x) > 1.1])) == len(set(y[np.asarray(x) < -1.1])) == 1
+
+
+def test_a_block_passes_every_site_once_in_the_order_of_the_list():
+    block = tiny.model("qwen3", jax.random.key(0), num_hidden_layers=1).blocks[0]
+    seen = []
+    tap = lambda name, x: seen.append(name) or x  # noqa: E731
+    block_forward(block, jnp.ones((1, 3, 32)), plain_context(1, 3), tap)
+    assert tuple(seen) == SITES
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_what_a_site_does_reaches_the_output(site):
+    block = tiny.model("qwen3", jax.random.key(0), num_hidden_layers=1).blocks[0]
+    x, ctx = jax.random.normal(jax.random.key(1), (1, 6, 32)), plain_context(1, 6)
+    plain = block_forward(block, x, ctx)
+    coarse = block.replace(sites={site: Site(ActQuantizer(TOKEN4))})
+    fine_spec = QuantSpec(bits=8, granularity="token", dynamic=True)
+    fine = block.replace(sites={site: Site(ActQuantizer(fine_spec))})
+    far, near = (np.abs(block_forward(b, x, ctx) - plain).max() for b in (coarse, fine))
+    assert 0 < near < far / 4

@@ -1,0 +1,207 @@
+"""What every method in METHODS promises on every family; a new method is tested by being there.
+
+A method needs a line in CASES; the only way to be excused from a family is a line in REFUSALS.
+"""
+
+import hashlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcomp.calibrate import Calibration, Run, StepStore
+from jaxcomp.core.linear import Linear
+from jaxcomp.core.quantize import QTensor, QuantSpec
+from jaxcomp.core.store import save_tree
+from jaxcomp.core.tree import get_at, named_leaves
+from jaxcomp.methods import METHODS
+from jaxcomp.models.anatomy import anatomy
+from jaxcomp.models.decoder import forward, iter_blocks, load_block, map_blocks
+from jaxcomp.models.families import FAMILIES
+from tests import tiny
+
+# method → setting → bits → the method. Every setting quantizes the weights of all blocks.
+CASES = {
+    "RTN": {
+        "per-channel": lambda m, bits: m(weight=QuantSpec(bits)),
+        "per-tensor asym": lambda m, bits: m(
+            weight=QuantSpec(bits, granularity="tensor", symmetric=False)
+        ),
+        "grouped clip": lambda m, bits: m(weight=QuantSpec(bits, group_size=8), clip=True),
+        "with activations and cache": lambda m, bits: m(
+            weight=QuantSpec(bits, group_size=16, symmetric=False),
+            act=QuantSpec(8, granularity="token", dynamic=True),
+            kv=QuantSpec(8, granularity="head", symmetric=False, dynamic=True),
+        ),
+    },
+    "GPTQ": {
+        "per-channel act-order": lambda m, bits: m(weight=QuantSpec(bits)),
+        "grouped asym in order": lambda m, bits: m(
+            weight=QuantSpec(bits, group_size=16, symmetric=False),
+            act_order=False,
+            sequential=False,
+        ),
+        "per-tensor clip": lambda m, bits: m(
+            weight=QuantSpec(bits, granularity="tensor"), clip=True
+        ),
+    },
+}
+# (method, family) → why the anatomy of the family does not allow it.
+REFUSALS: dict[tuple[str, str], str] = {}
+
+# Tied with biases; windowed with a wide head; norms on queries and keys. The rest is slow.
+CI_FAMILIES = ("qwen2", "mistral", "qwen3")
+CI_CASES = ("RTN/per-channel", "RTN/with activations and cache", "GPTQ/per-channel act-order")
+GRID = [
+    pytest.param(
+        family,
+        method,
+        setting,
+        id=f"{family}-{method}-{setting}",
+        marks=()
+        if family in CI_FAMILIES and f"{method}/{setting}" in CI_CASES
+        else pytest.mark.slow,
+    )
+    for family in FAMILIES
+    for method, settings in CASES.items()
+    for setting in settings
+]
+everywhere = pytest.mark.parametrize(("family", "method", "setting"), GRID)
+once = pytest.mark.parametrize(
+    ("family", "method", "setting"),
+    [("qwen2", name, next(iter(settings))) for name, settings in CASES.items()],
+)
+
+
+@pytest.fixture(scope="module")
+def calib():
+    return Calibration(np.asarray(tiny.tokens(jax.random.key(1), 8, 16)), batch=4)
+
+
+def make(method, setting, bits):
+    return CASES[method][setting](METHODS[method], bits)
+
+
+def model_of(family):
+    """All families with heads of 16 channels, so that they share the compilations of solvers."""
+    return tiny.model(family, jax.random.key(0), head_dim=16)
+
+
+def compress(family, method, setting, bits, calib):
+    """The result, or a skip where REFUSALS excuses the method and it refuses as it should."""
+    try:
+        result = make(method, setting, bits)(model_of(family), calib)
+    except ValueError as refusal:
+        if (method, family) not in REFUSALS:
+            raise
+        assert family in str(refusal) or "anatomy" in str(refusal)
+        pytest.skip(REFUSALS[method, family])
+    assert (method, family) not in REFUSALS, "a refusal is listed and does not happen"
+    return result
+
+
+def hashes(tree):
+    return {
+        name: hashlib.sha256(np.asarray(x).tobytes() + str((x.shape, x.dtype)).encode()).hexdigest()
+        for name, x in named_leaves(tree).items()
+    }
+
+
+def in_memory(model):
+    return model.replace(blocks=tuple(iter_blocks(model)))
+
+
+def linears(block):
+    """Paths of the linears of a block, found by walking it."""
+    is_linear = lambda x: isinstance(x, Linear)  # noqa: E731
+    return {k for k, x in named_leaves(block, is_leaf=is_linear).items() if is_linear(x)}
+
+
+def test_every_method_has_cases_and_every_case_and_refusal_a_method():
+    assert CASES.keys() == METHODS.keys()
+    assert set(REFUSALS) <= {(m, f) for m in METHODS for f in FAMILIES}
+    assert set(CI_CASES) <= {f"{m}/{s}" for m, settings in CASES.items() for s in settings}
+    assert {c.split("/")[0] for c in CI_CASES} == METHODS.keys()  # none is left to slow runs alone
+
+
+@everywhere
+def test_more_bits_come_closer_to_the_original_and_eight_come_close(family, method, setting, calib):
+    tokens = tiny.tokens(jax.random.key(2))
+    expected, errors = forward(model_of(family), tokens), {}
+    for bits in (8, 4, 2):
+        result = compress(family, method, setting, bits, calib)
+        difference = forward(result.model, tokens) - expected
+        errors[bits] = float(jnp.sum(difference**2) / jnp.sum(expected**2))
+        check_weights(result, bits)
+        check_rest(result.model, model_of(family))
+    assert errors[8] < 2e-3  # 8-bit steps are about 1 % of a weight
+    assert errors[8] < errors[4] < errors[2]
+
+
+def check_weights(result, bits):
+    """Every weight of the blocks is quantized as asked and has its row, or a row says why not."""
+    rows = {(row.block, row.linear): row for row in result.rows if row.linear}
+    for i, block in enumerate(result.model.blocks):
+        paths = linears(block)
+        assert paths == set(anatomy(block).linears)
+        assert {path for b, path in rows if b == i} == paths
+        for path in paths:
+            row, w = rows[i, path], get_at(block, path).w
+            if "skipped" in row.metrics:
+                assert row.metrics["skipped"] and not isinstance(w, QTensor)
+                continue
+            assert isinstance(w, QTensor) and w.bits == bits == row.metrics["bits"]
+            assert all(np.isfinite(v) for v in row.metrics.values() if isinstance(v, float))
+    whole = [row.block for row in result.rows if row.linear is None]
+    assert whole == list(range(len(result.model.blocks)))
+
+
+def check_rest(model, original):
+    """Embedding, final norm and head, and the facts about the model, are as they were."""
+    assert hashes(model.replace(blocks=())) == hashes(original.replace(blocks=()))
+    assert model.config == original.config
+
+
+@once
+def test_the_same_input_gives_the_same_bits_and_is_left_alone(family, method, setting, calib):
+    model = model_of(family)
+    before, tokens = hashes(model), calib.tokens.copy()
+    first, second = (make(method, setting, 4)(model, calib) for _ in range(2))
+    assert hashes(first.model) == hashes(second.model)
+    assert [r.metrics for r in first.rows] == [r.metrics for r in second.rows]
+    assert hashes(model) == before and np.array_equal(calib.tokens, tokens)
+
+
+@once
+def test_blocks_behind_handles_give_what_blocks_in_memory_give(
+    family, method, setting, calib, tmp_path
+):
+    model = model_of(family)
+    stored = map_blocks(
+        model, lambda _, block: block, lambda i, block: save_tree(tmp_path / f"{i}", block)
+    )
+    run = Run(StepStore(tmp_path / "work"))
+    expected = make(method, setting, 4)(model, calib)
+    found = make(method, setting, 4)(stored, calib, run)
+    assert hashes(in_memory(found.model)) == hashes(expected.model)
+    assert [r.metrics for r in found.rows] == [r.metrics for r in expected.rows]
+    assert not any(block is load_block(block) for block in found.model.blocks)
+
+
+@once
+def test_what_is_not_quantized_keeps_its_stored_dtype(family, method, setting, calib):
+    model = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model_of(family))
+    before = named_leaves(model)
+    after = named_leaves(make(method, setting, 4)(model, calib).model)
+    kept = before.keys() & after.keys()
+    assert "blocks.1.ffn_norm.weight" in kept and "blocks.0.attn.q.b" in kept
+    assert {after[name].dtype for name in kept} == {jnp.dtype(jnp.bfloat16)}
+
+
+@once
+def test_progress_is_told_after_every_block(family, method, setting, calib):
+    told = []
+    run = Run(progress=lambda step, done, total, rows: told.append((step, done, total)))
+    make(method, setting, 4)(model_of(family), calib, run)
+    assert told == [(method, done, 2) for done in range(3)]
