@@ -45,7 +45,7 @@ def main() -> None:
         if args.samples:
             spec = dataclasses.replace(spec, samples=args.samples)
         if args.published:
-            gptq = dataclasses.replace(gptq, clip=False, first_token_weight=1.0)
+            gptq = dataclasses.replace(gptq, clip="none", first_token_weight=1.0)
         calib = job.calibration(loaded, spec)
 
         def perplexity(model, recipe=recipe):

@@ -12,7 +12,7 @@ def recipe() -> Recipe:
         steps=(
             GPTQ(
                 weight=QuantSpec(bits=3, group_size=64, symmetric=False),
-                clip=True,
+                clip="output",
                 first_token_weight=16.0,
             ),
         ),

@@ -9,7 +9,7 @@ from jaxcomp import GPTQ, CalibSpec, Perplexity, QuantSpec, Recipe
 
 def recipe() -> Recipe:
     return Recipe(
-        steps=(GPTQ(weight=QuantSpec(bits=4), clip=True, first_token_weight=16.0),),
+        steps=(GPTQ(weight=QuantSpec(bits=4), clip="output", first_token_weight=16.0),),
         calib=CalibSpec("wiki_calib", samples=64, length=1024, batch=4),
         evals=(Perplexity("wiki_eval", context=1024, tokens=8184),),
     )

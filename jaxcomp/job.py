@@ -149,17 +149,21 @@ def compress(
     Raises:
       ValueError: bad input of any kind, or unfinished work of another run and `resume`.
     """
-    out = pathlib.Path(out)
+    out = pathlib.Path(out).absolute()
     artefact.check_output(out, overwrite)
     baseline = peak_rss()
     started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     loaded = load(source, compute_dtype=compute_dtype, lazy=True, allow_config=allow_config)
+    for step in recipe.steps:
+        step.check(loaded.model)
     calib = calibration(loaded, recipe.calib) if recipe.calib else None
     facts = {"windows_sha256": sample_hash(calib.tokens)} if calib else {}
+    texts = sorted({e.text for e in recipe.evals if hasattr(e, "text")})
     identity = {
         "model": loaded.fingerprint(),
         "recipe": recipe_to_json(recipe),
         "calibration": facts,
+        "texts": {text: load_text(text).sha256 for text in texts},
         "compute_dtype": compute_dtype,
         "jaxcomp": jaxcomp.__version__,
     }

@@ -6,23 +6,25 @@ all windows of a chunk go through one block before the next is touched.
 """
 
 import dataclasses
-import functools
 import math
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxcomp.core.quantize import QTensor, dequantize
 from jaxcomp.data.batches import evaluation_windows
 from jaxcomp.data.corpora import load_text
-from jaxcomp.models.decoder import Decoder, head_logits
+from jaxcomp.models.decoder import Decoder
+from jaxcomp.models.layers import rms_norm
 from jaxcomp.models.stream import embed_batches, run_blocks
 
 CHUNK_TOKENS = 2**17  # tokens whose hidden states are on the host at once
-HEAD_ROWS = 256  # tokens whose logits exist at once
+VOCAB_CHUNK = 512  # words whose logits exist at once; small enough to stay in the cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,23 +99,46 @@ def window_nll(
     return np.concatenate(out)
 
 
-@functools.partial(jax.jit)
+@jax.jit
 def token_nll(
     model: Decoder, x: Float[Array, "batch time d_model"], targets: Int[Array, "batch time"]
 ) -> Float[Array, "batch time"]:
-    """−log p(target) for each hidden state after the last block.
+    """−log p(target) for each hidden state after the last block, float32.
 
-    Logits exist for `HEAD_ROWS` tokens at a time, log-probabilities never: it is logsumexp − logit.
+    The vocabulary is walked in chunks with a running maximum and sum, so neither the logits nor the
+    log-probabilities of all tokens and words ever exist. `model` may have lost its blocks.
     """
-    rows, wanted = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-    pad = -len(rows) % HEAD_ROWS
-    rows = jnp.pad(rows, ((0, pad), (0, 0))).reshape(-1, HEAD_ROWS, x.shape[-1])
-    wanted = jnp.pad(wanted, (0, pad)).reshape(-1, HEAD_ROWS)
+    rows = rms_norm(model.norm, x).reshape(-1, x.shape[-1])
+    wanted, (head, bias) = targets.reshape(-1), _head(model, x.dtype)
+    vocab = head.shape[0]
+    chunk = min(VOCAB_CHUNK, vocab)
 
-    def nll(args):
-        logits = head_logits(model, args[0])
-        gold = jnp.take_along_axis(logits, args[1][:, None], axis=-1)[:, 0]
-        return jax.nn.logsumexp(logits, axis=-1) - gold
+    def visit(i: Array, state: tuple) -> tuple:
+        highest, total, gold = state
+        start = jnp.minimum(i * chunk, vocab - chunk)  # the last chunk overlaps the one before it
+        part = jax.lax.dynamic_slice_in_dim(head, start, chunk)
+        logits = jnp.matmul(rows, part.T, preferred_element_type=jnp.float32)
+        if bias is not None:
+            logits = logits + jax.lax.dynamic_slice_in_dim(bias, start, chunk)
+        at = wanted - start
+        here = (at >= 0) & (at < chunk)
+        hit = jnp.take_along_axis(logits, jnp.clip(at, 0, chunk - 1)[:, None], axis=1)[:, 0]
+        new = jnp.arange(chunk) + start >= i * chunk
+        logits = logits + jnp.where(new, 0.0, -jnp.inf)
+        higher = jnp.maximum(highest, jnp.max(logits, axis=1))
+        total = total * jnp.exp(highest - higher)
+        total = total + jnp.sum(jnp.exp(logits - higher[:, None]), axis=1)
+        return higher, total, jnp.where(here, hit, gold)
 
-    out = jax.lax.map(nll, (rows, wanted))
-    return out.reshape(-1)[: targets.size].reshape(targets.shape)
+    start = jnp.full(len(rows), -1e30), jnp.zeros(len(rows)), jnp.zeros(len(rows))
+    highest, total, gold = jax.lax.fori_loop(0, -(-vocab // chunk), visit, start)
+    return (jnp.log(total) + highest - gold).reshape(targets.shape)
+
+
+def _head(model: Decoder, dtype: Any) -> tuple[Array, Array | None]:
+    """The head as `[vocab, d_model]` in `dtype`, and its bias in float32."""
+    if model.lm_head is None:
+        return model.embed.weight.astype(dtype), None
+    w, b = model.lm_head.w, model.lm_head.b
+    w = dequantize(w) if isinstance(w, QTensor) else w
+    return w.astype(dtype).T, None if b is None else b.astype(jnp.float32)

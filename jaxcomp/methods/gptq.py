@@ -7,15 +7,19 @@ next block sees what this one now produces.
 Source: Frantar et al., arXiv 2210.17323, and the authors' code: act-order, static groups with it,
 damping 0.01, the order {q, k, v}, {o}, {gate, up}, {down}. Default here, not there: act-order on.
 
-`first_token_weight` is ours. In models with an attention sink most heads look at the first token,
-whose value vector is nearly zero on purpose; as one token of a window it counts next to nothing in
-the Hessian, GPTQ pays with it, and its value errs 10 to 20 times more than by rounding to nearest.
-On SmolLM2, quantizing nothing but `attn.v` that way costs more perplexity than rounding does.
+Two settings are ours, off by default, and matter in models with an attention sink and outlier
+channels; `python benchmarks/quality.py --published` measures both against the published method.
+- `first_token_weight`: most heads look at the first token, whose value vector is nearly zero on
+  purpose. As one token of a window it counts next to nothing in the Hessian, so GPTQ lets its error
+  grow to many times that of rounding to nearest, and every later token collects it.
+- `clip="output"`: ranges are searched with the Hessian's diagonal. The usual search ("weight")
+  cuts just those large weights on which an outlier channel relies.
 """
 
 import dataclasses
 import functools
 import math
+import typing
 from collections.abc import Iterable
 from typing import Any
 
@@ -29,10 +33,10 @@ from jaxcomp.calibrate.stats import hessian_finish, hessian_init, hessian_update
 from jaxcomp.calibrate.stream import BlockStep, Calibration, Metrics, Result, Run, blockwise
 from jaxcomp.core.quantize import QTensor, QuantSpec, dequantize
 from jaxcomp.core.tree import get_at, replace_at
-from jaxcomp.models.anatomy import anatomy
+from jaxcomp.models.anatomy import anatomy, check_grid
 from jaxcomp.models.decoder import Block, Decoder
 from jaxcomp.models.stream import block_step
-from jaxcomp.solvers.gptq import gptq
+from jaxcomp.solvers.gptq import Clip, gptq
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +47,9 @@ class GPTQ:
       weight: grid of every linear in the blocks.
       act_order: round the channels with the largest activations first.
       damp: share of the Hessian's mean diagonal added to its diagonal, in (0, 1].
-      clip: search each group's range instead of taking min and max.
+      clip: how a group's range is fitted: "none" takes min and max, "weight" and "output" search
+        the range with the least error of the weights, or of the outputs as the diagonal of the
+        Hessian sees them.
       first_token_weight: weight in the Hessians of the first token of each window, the others
         having 1; 1.0 is the published method, 16 protects an attention sink.
       sequential: take a site's Hessian after the sites before it in the block are quantized, as
@@ -53,7 +59,7 @@ class GPTQ:
     weight: QuantSpec = QuantSpec(bits=4)
     act_order: bool = True
     damp: float = 0.01
-    clip: bool = False
+    clip: Clip = "none"
     first_token_weight: float = 1.0
     sequential: bool = True
 
@@ -63,11 +69,18 @@ class GPTQ:
                 f"first_token_weight={self.first_token_weight} is not positive; 1.0 treats all "
                 "tokens alike"
             )
+        if self.clip not in typing.get_args(Clip):
+            raise ValueError(f"clip={self.clip!r} is none of {', '.join(typing.get_args(Clip))}")
         if not 0 < self.damp <= 1:
             raise ValueError(f"damp={self.damp} is outside (0, 1]; the usual value is 0.01")
 
     def __call__(self, model: Decoder, calib: Calibration | None, run: Run = Run()) -> Result:
+        self.check(model)
         return blockwise("GPTQ", model, calib, functools.partial(solve_block, self), run=run)
+
+    def check(self, model: Decoder) -> None:
+        """Raises ValueError where the settings do not fit the model; reads no block."""
+        check_grid(model, self.weight)
 
     def plan_block(self, block: Block, hidden: Any, batches: int) -> BlockPlan:
         """The programs of one block, for a dry run."""

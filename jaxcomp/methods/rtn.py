@@ -18,7 +18,7 @@ from jaxcomp.core.metrics import relative_error
 from jaxcomp.core.quantize import QTensor, QuantSpec, dequantize, fit_range, quantize_with
 from jaxcomp.core.site import ActQuantizer, Site
 from jaxcomp.core.tree import get_at, replace_at
-from jaxcomp.models.anatomy import anatomy
+from jaxcomp.models.anatomy import anatomy, check_grid
 from jaxcomp.models.decoder import Block, Decoder
 from jaxcomp.solvers.clipping import search_range
 
@@ -50,7 +50,13 @@ class RTN:
     def __call__(
         self, model: Decoder, calib: Calibration | None = None, run: Run = Run()
     ) -> Result:
+        self.check(model)
         return blockwise("RTN", model, calib, functools.partial(round_block, self), None, run)
+
+    def check(self, model: Decoder) -> None:
+        """Raises ValueError where the settings do not fit the model; reads no block."""
+        if self.weight is not None:
+            check_grid(model, self.weight)
 
     def plan_block(self, block: Block, hidden: Any, batches: int) -> BlockPlan:
         """The programs of one block, for a dry run."""

@@ -7,8 +7,10 @@ the block (`attn.q` is `block.attn.q`), and the tables are dispatched on node ty
 import functools
 from typing import NamedTuple
 
+from jaxcomp.core.quantize import QuantSpec, n_groups
+from jaxcomp.core.tree import get_at
 from jaxcomp.models.attention import GQA
-from jaxcomp.models.decoder import Block
+from jaxcomp.models.decoder import Block, Decoder, block_struct
 from jaxcomp.models.ffn import DenseFFN
 
 
@@ -64,6 +66,20 @@ def anatomy(block: Block) -> Anatomy:
         writers=sites["attn_out"].consumers + sites["ffn_mid"].consumers,
         rotatable=block.attn_post_norm is None and block.ffn_post_norm is None,
     )
+
+
+def check_grid(model: Decoder, spec: QuantSpec) -> None:
+    """Refuses a weight grid that some linear of the blocks cannot take; reads no block.
+
+    Raises:
+      ValueError: names the block, the linear and what is wrong.
+    """
+    for i, block in enumerate(map(block_struct, model.blocks)):
+        for path in anatomy(block).linears:
+            try:
+                n_groups(get_at(block, path).w.shape[-2], spec)
+            except ValueError as error:
+                raise ValueError(f"block {i}, {path}: {error}") from None
 
 
 @functools.singledispatch

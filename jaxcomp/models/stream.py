@@ -11,6 +11,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxcomp.core.linear import Linear
+from jaxcomp.core.quantize import QTensor
 from jaxcomp.models.attention import plain_context
 from jaxcomp.models.decoder import Block, Decoder, block_forward, iter_blocks
 from jaxcomp.models.layers import embed_tokens
@@ -45,6 +47,17 @@ def run_blocks(
 ) -> Hidden:
     """Hidden states after the last block; `each` may wrap the blocks to show progress."""
     for block in each(iter_blocks(model)):
-        block = jax.device_put(block)
+        block = _cast_weights(jax.device_put(block), model.config.compute_dtype)
         hidden = [np.asarray(block_step(block, x)) for x in hidden]
     return hidden
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _cast_weights(block: Block, dtype: str) -> Block:
+    """Dense weights in `dtype`, as `linear` would cast them for every batch anew."""
+
+    def cast(p):
+        return p.replace(w=p.w.astype(dtype)) if not isinstance(p.w, QTensor) else p
+
+    is_linear = lambda p: isinstance(p, Linear)  # noqa: E731
+    return jax.tree.map(lambda p: cast(p) if is_linear(p) else p, block, is_leaf=is_linear)

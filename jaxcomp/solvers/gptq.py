@@ -1,21 +1,24 @@
 """GPTQ: round one input channel at a time and let the others make up for the error.
 
 With W `[in_ch, out_ch]` and H ∝ XᵀX over calibration activations X, the output error of Ŵ is
-tr((Ŵ − W)ᵀ H (Ŵ − W)). Channels are rounded in turn; the error of channel j is spread over the
-channels k > j not yet rounded:
+tr((Ŵ − W)ᵀ H (Ŵ − W)). The authors round channel j and spread its error over the channels after it,
     e = (w_j − Q(w_j)) / U_jj,   w_k ← w_k − U_jk · e,   H⁻¹ = Uᵀ U, U upper triangular.
+The same numbers come out when every channel instead collects what the channels before it left,
+    ŵ_j = Q(w_j + Σ_{k<j} (w_k − ŵ_k) · R_kj / R_jj),    H = R Rᵀ, R upper triangular,
+which needs one Cholesky factor and no inverse. That is the form used here.
 
 Source: Frantar et al., arXiv 2210.17323, Algorithm 1, and the authors' options: channels by
 descending H_jj ("act-order", with group grids from the original weights), damping by a share of the
-mean diagonal, dead channels zeroed. Departures:
-- U is not computed from H⁻¹. If H = R Rᵀ with R upper triangular, then H⁻¹ = R⁻ᵀ R⁻¹ and U = R⁻¹:
-  one Cholesky (of H with both axes reversed) and one triangular inverse, which float32 carries.
+mean diagonal, dead channels zeroed. Equality of the two forms: Chee et al., arXiv 2307.13304,
+Theorem 6. Departures:
 - a factorisation that fails is repeated from a fresh H with twice the damping (the authors add
   0.0015 to the matrix already damped); the damping used is returned.
 - all output channels are solved at once, so the consumers of one site are one call.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +28,10 @@ from jaxcomp.core.quantize import QTensor, QuantSpec, fit_range, n_groups, round
 from jaxcomp.solvers.clipping import search_range
 from pallas_kernels.packing import pack
 
-TILE = 64  # channels rounded between two updates of the rest of the matrix
+TILE = 64  # channels rounded between two products with the whole matrix of errors
 MAX_DAMP = 1.0
+
+Clip = Literal["none", "weight", "output"]
 
 
 class GPTQSolution(NamedTuple):
@@ -54,7 +59,7 @@ def gptq(
     *,
     act_order: bool = True,
     damp: float = 0.01,
-    clip: bool = False,
+    clip: Clip = "none",
 ) -> GPTQSolution:
     """Quantizes `w` for inputs whose second moment is `hessian`; jittable, float32 inside.
 
@@ -66,7 +71,8 @@ def gptq(
         Without it channels go in stored order and a group's grid is fitted to the weights as the
         errors of earlier groups left them.
       damp: initial share of mean(diag H) added to the diagonal.
-      clip: fit grids by `solvers.clipping.search_range` instead of min/max.
+      clip: how a group's range is fitted: min/max, or by `solvers.clipping.search_range` for the
+        least error of the "weight" or of the "output".
 
     Raises:
       ValueError: `in_ch` is not a whole number of groups.
@@ -74,22 +80,27 @@ def gptq(
     groups = n_groups(w.shape[0], spec) if spec.granularity == "channel" else 1
     w = w.astype(jnp.float32)
     hessian = hessian.astype(jnp.float32)
-    diagonal = jnp.diagonal(hessian)
-    dead = diagonal <= 0
-    damped = hessian + jnp.diag(jnp.where(dead, 1.0, 0.0))
+    dead = jnp.diagonal(hessian) <= 0
     target = jnp.where(dead[:, None], 0.0, w)
 
-    fit = search_range if clip else fit_range
-    scale, zero = fit(target, spec)
+    importance = jnp.diagonal(hessian)
+    scale, zero = _fit(target, importance, spec, clip)
     first = _round(target, scale, zero, spec, groups)
 
-    order = jnp.argsort(-jnp.diagonal(damped)) if act_order else jnp.arange(len(w))
-    inverse_root, damp_used = _inverse_root(damped[order][:, order], damp)
-    refit = None if act_order or groups == 1 else fit
-    codes, scale, zero = _round_in_turn(
-        target[order], inverse_root, scale, zero, order * groups // len(w), spec, refit
+    # R upper triangular in rounding order is L lower triangular in its reverse: H = L Lᵀ.
+    order = jnp.argsort(jnp.diagonal(hessian)) if act_order else jnp.arange(len(w))[::-1]
+    factor, damp_used = _factor(hessian, order, damp)
+    refit = functools.partial(_fit, clip=clip) if groups > 1 and not act_order else None
+    reversed_codes, scale, zero = _round_in_turn(
+        target[order],
+        factor,
+        importance[order],
+        (scale, zero),
+        order * groups // len(w),
+        spec,
+        refit,
     )
-    codes = jnp.zeros_like(codes).at[order].set(codes)
+    codes = jnp.zeros_like(reversed_codes).at[order].set(reversed_codes)
     weight = QTensor(pack(codes, spec.bits), scale, zero, spec.bits, len(w))
 
     def output_error(values: Array) -> Array:
@@ -104,81 +115,97 @@ def gptq(
     )
 
 
-def _inverse_root(h: Array, damp: float) -> tuple[Array, Array]:
-    """U upper triangular with (H + λ·mean(diag H)·I)⁻¹ = Uᵀ U, and the λ that worked."""
-    eye = jnp.eye(len(h), dtype=h.dtype)
-    mean = jnp.mean(jnp.diagonal(h))
+def _fit(w: Array, importance: Array, spec: QuantSpec, clip: Clip) -> tuple[Array, Array | None]:
+    if clip == "none":
+        return fit_range(w, spec)
+    return search_range(w, spec, importance if clip == "output" else None)
 
-    def attempt(share):
-        flipped = (h + share * mean * eye)[::-1, ::-1]
-        root = jnp.linalg.cholesky(flipped)[::-1, ::-1]  # upper: H = R Rᵀ
-        return jax.scipy.linalg.solve_triangular(root, eye, lower=False)
 
-    def failed(state):
-        share, u = state
-        return ~jnp.all(jnp.isfinite(u)) & (share < MAX_DAMP)
+def _factor(h: Array, order: Array, damp: float) -> tuple[Array, Array]:
+    """L lower triangular with H[order, order] + λ·mean(diag H)·I = L Lᵀ, and the λ that worked.
 
-    def retry(state):
-        share = jnp.minimum(2 * jnp.maximum(state[0], 1e-4), MAX_DAMP)
-        return share, attempt(share)
+    Dead channels get a diagonal of 1.
+    """
+    h = h[order[:, None], order[None, :]]
+    diagonal = jnp.diagonal(h)
+    diagonal = jnp.where(diagonal <= 0, 1.0, diagonal)
+    every, mean = jnp.arange(len(h)), jnp.mean(diagonal)
 
-    share = jnp.asarray(damp, h.dtype)
-    share, u = jax.lax.while_loop(failed, retry, (share, attempt(share)))
-    return u, jnp.where(jnp.all(jnp.isfinite(u)), share, jnp.nan)
+    def attempt(share: Array) -> Array:
+        return jnp.linalg.cholesky(h.at[every, every].set(diagonal + share * mean))
+
+    def failed(state: tuple) -> Array:
+        _, used, factor = state
+        return ~jnp.isfinite(factor[-1, -1]) & (used < MAX_DAMP)
+
+    def again(state: tuple) -> tuple:
+        share = state[0]
+        return jnp.minimum(2 * jnp.maximum(share, 1e-4), MAX_DAMP), share, attempt(share)
+
+    nothing = jnp.asarray(damp, h.dtype), jnp.zeros((), h.dtype), jnp.full_like(h, jnp.nan)
+    _, used, factor = jax.lax.while_loop(failed, again, nothing)
+    return factor, jnp.where(jnp.isfinite(factor[-1, -1]), used, jnp.nan)
 
 
 def _round_in_turn(
     w: Float[Array, "in_ch out_ch"],
-    u: Float[Array, "in_ch in_ch"],
-    scale: Array,
-    zero: Array | None,
+    factor: Float[Array, "in_ch in_ch"],
+    importance: Float[Array, " in_ch"],
+    grid: tuple[Array, Array | None],
     group_of: Int[Array, " in_ch"],
     spec: QuantSpec,
-    refit,
+    refit: Callable | None,
 ) -> tuple[Array, Array, Array | None]:
-    """The column loop. `refit` not None: tiles are groups, and each begins by fitting its grid."""
-    in_ch, out_ch = w.shape
+    """The column loop, from the last row of `w` to the first.
+
+    `refit` not None: tiles are groups, and each begins by fitting its grid to the weights as the
+    errors so far have moved them.
+    """
+    (in_ch, out_ch), (scale, zero) = w.shape, grid
     tile = TILE if refit is None else in_ch // len(scale)
-    pad = -in_ch % tile
-    # Padding channels are zero and independent of the others: they round to zero without error.
-    w = jnp.pad(w, ((0, pad), (0, 0)))
-    u = jnp.pad(u, ((0, pad), (0, pad))) + jnp.diag(
-        jnp.where(jnp.arange(in_ch + pad) < in_ch, 0.0, 1.0)
-    )
-    group_of = jnp.pad(group_of, (0, pad), mode="edge")
+    if pad := -in_ch % tile:  # zero channels, tied to no other: they round without error
+        w = jnp.pad(w, ((0, pad), (0, 0)))
+        factor = jnp.pad(factor, ((0, pad), (0, pad)))
+        factor = factor + jnp.diag((jnp.arange(in_ch + pad) >= in_ch).astype(factor.dtype))
+        group_of = jnp.pad(group_of, (0, pad), mode="edge")
+    feedback = factor / jnp.diagonal(factor)  # column j: what channel j collects from the others
+    one_group = QuantSpec(spec.bits, symmetric=spec.symmetric)
 
-    def grid_row(scale, zero, g):
-        return scale[g], (None if zero is None else zero[g])
-
-    def do_tile(t, state):
-        w, codes, scale, zero = state
-        start = t * tile
-        rows = jax.lax.dynamic_slice_in_dim(w, start, tile)
-        u_rows = jax.lax.dynamic_slice_in_dim(u, start, tile)
-        u_tile = jax.lax.dynamic_slice_in_dim(u_rows, start, tile, axis=1)
+    def do_tile(t: Array, state: tuple) -> tuple:
+        errors, codes, scale, zero = state  # errors: w − ŵ, zero where not yet rounded
+        start = in_ch + pad - (t + 1) * tile
+        columns = jax.lax.dynamic_slice_in_dim(feedback, start, tile, axis=1)
+        wanted = jax.lax.dynamic_slice_in_dim(w, start, tile)
+        inside = jax.lax.dynamic_slice_in_dim(columns, start, tile)
+        drift = columns.T @ errors
         if refit is not None:
-            group_scale, group_zero = refit(rows, spec_of_tile)
+            # Where the weights of the group have moved to while all of them are still free.
+            free = jax.scipy.linalg.solve_triangular(
+                inside, drift, trans="T", lower=True, unit_diagonal=True
+            )
+            tile_importance = jax.lax.dynamic_slice_in_dim(importance, start, tile)
+            group_scale, group_zero = refit(wanted + free, tile_importance, one_group)
             scale = scale.at[t].set(group_scale[0])
             zero = None if zero is None else zero.at[t].set(group_zero[0])
 
-        def do_channel(j, inner):
-            rows, codes, errors = inner
-            s, z = grid_row(scale, zero, group_of[start + j])
-            q = round_to_codes(rows[j], s, z, spec)
+        moved = wanted + drift
+
+        def do_channel(i: Array, inner: tuple) -> tuple:
+            j = tile - 1 - i
+            errors, codes = inner
+            g = group_of[start + j]
+            s, z = scale[g], (None if zero is None else zero[g])
+            q = round_to_codes(moved[j] + inside[:, j] @ errors, s, z, spec)
             value = (q if z is None else q.astype(jnp.float32) - z) * s
-            error = (rows[j] - value) / u_tile[j, j]
-            rows = rows - u_tile[j][:, None] * error[None, :]
-            return rows, codes.at[start + j].set(q), errors.at[j].set(error)
+            return errors.at[j].set(wanted[j] - value), codes.at[j].set(q)
 
-        rows, codes, errors = jax.lax.fori_loop(
-            0, tile, do_channel, (rows, codes, jnp.zeros((tile, out_ch)))
-        )
-        # U is upper triangular, so earlier channels are left alone.
-        return w - u_rows.T @ errors, codes, scale, zero
+        empty = jnp.zeros((tile, out_ch)), jnp.zeros((tile, out_ch), jnp.int8)
+        tile_errors, tile_codes = jax.lax.fori_loop(0, tile, do_channel, empty)
+        put = jax.lax.dynamic_update_slice_in_dim
+        return put(errors, tile_errors, start, 0), put(codes, tile_codes, start, 0), scale, zero
 
-    spec_of_tile = QuantSpec(spec.bits, symmetric=spec.symmetric)
-    codes = jnp.zeros(w.shape, jnp.int8)
-    _, codes, scale, zero = jax.lax.fori_loop(0, len(w) // tile, do_tile, (w, codes, scale, zero))
+    start = jnp.zeros(w.shape), jnp.zeros(w.shape, jnp.int8), scale, zero
+    _, codes, scale, zero = jax.lax.fori_loop(0, len(w) // tile, do_tile, start)
     return codes[:in_ch], scale, zero
 
 

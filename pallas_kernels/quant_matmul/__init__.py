@@ -1,5 +1,6 @@
 """`quant_matmul`: activations times a packed, group-quantized weight."""
 
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8, UInt8
 
 from pallas_kernels.dispatch import first_supported
@@ -14,6 +15,7 @@ def quant_matmul(
     scale: Float[Array, "groups cols"],
     zero_point: Int8[Array, "groups cols"] | None,
     bits: int,
+    out_dtype: DTypeLike | None = None,
 ) -> Float[Array, "*tokens out_ch"]:
     """``x @ ((q − z) · s)`` with `q` unpacked from `packed` (see `pallas_kernels.packing`).
 
@@ -23,8 +25,9 @@ def quant_matmul(
       scale: step size; `groups` divides `in_ch` and `cols` is `out_ch` or 1.
       zero_point: code of 0.0 with the shape of `scale`; None when symmetric.
       bits: width of a code.
+      out_dtype: dtype of the product; None for that of `x`.
 
     Returns:
-      The product in the dtype of `x`, accumulated in float32.
+      The product, accumulated in float32.
     """
-    return first_supported(IMPLEMENTATIONS, x, packed, scale, zero_point, bits)
+    return first_supported(IMPLEMENTATIONS, x, packed, scale, zero_point, bits, out_dtype)

@@ -5,6 +5,7 @@ weight beside `tokens` passes over the activations; at one token it is bound by 
 """
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8, UInt8
 
 from pallas_kernels.packing import unpack
@@ -16,10 +17,11 @@ def quant_matmul(
     scale: Float[Array, "groups cols"],
     zero_point: Int8[Array, "groups cols"] | None,
     bits: int,
+    out_dtype: DTypeLike | None = None,
 ) -> Float[Array, "*tokens out_ch"]:
     """See `pallas_kernels.quant_matmul.quant_matmul`."""
     w = dequantize(unpack(packed, bits, x.shape[-1]), scale, zero_point).astype(x.dtype)
-    return jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
+    return jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(out_dtype or x.dtype)
 
 
 def dequantize(

@@ -43,7 +43,7 @@ CASES = {
             sequential=False,
         ),
         "per-tensor clip": lambda m, bits: m(
-            weight=QuantSpec(bits, granularity="tensor"), clip=True
+            weight=QuantSpec(bits, granularity="tensor"), clip="output"
         ),
     },
 }

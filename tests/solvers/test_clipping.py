@@ -56,6 +56,32 @@ def test_no_candidate_is_better_than_the_one_found(spec):
     np.testing.assert_allclose(group_error(found, w, spec), best, rtol=1e-3)
 
 
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_with_importance_the_weighted_squares_are_never_worse(spec):
+    w, importance = heavy_tailed(4), np.exp(np.random.default_rng(4).standard_normal(IN))
+    found = quantize_with(w, *search_range(w, spec, importance.astype(np.float32)), spec)
+
+    def error(q):
+        squared = (np.asarray(dequantize(q), np.float64) - w) ** 2 * importance[:, None]
+        return squared.reshape(-1, spec.group_size or IN, OUT).sum(1)
+
+    found, plain = error(found), error(quantize(w, spec))
+    shared = spec.granularity == "tensor"  # one range: only the sum is promised
+    assert np.all(
+        (found.sum() if shared else found) <= (plain.sum() if shared else plain) * 1.00001
+    )
+    assert found.sum() < 0.95 * plain.sum()
+
+
+def test_a_channel_that_matters_is_not_clipped():
+    w, importance = heavy_tailed(5), np.ones(IN, np.float32)
+    w[7], importance[7] = 40.0, 1e6
+    found = dequantize(quantize_with(w, *search_range(w, QuantSpec(4), importance), QuantSpec(4)))
+    np.testing.assert_allclose(found[7], 40.0, rtol=1e-5)
+    blind = dequantize(quantize_with(w, *search(w, QuantSpec(4)), QuantSpec(4)))
+    assert np.all(np.asarray(blind[7]) < 39.9)
+
+
 def test_a_weight_on_the_grid_keeps_its_range():
     spec = QuantSpec(bits=4)
     codes = np.random.default_rng(2).integers(-6, 7, (IN, OUT))
