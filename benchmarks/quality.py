@@ -4,8 +4,8 @@ For each GPTQ recipe under `configs/` the same format is also rounded to nearest
 (GPTQ − dense) / (RTN − dense), and `fake` the relative difference between the packed model's
 perplexity and that of the same weights dequantized to float32.
 
-    python benchmarks/quality.py                 # the recipes as they are, 64 windows
-    python benchmarks/quality.py --samples 16    # a quarter of the calibration
+    python benchmarks/quality.py                 # the recipes as they are, 32 windows
+    python benchmarks/quality.py --samples 64    # twice the calibration
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""GPTQ W4 per-channel symmetric of SmolLM2-135M, on 64 windows of 1024 tokens.
+"""GPTQ W4 per-channel symmetric of SmolLM2-135M, on 32 windows of 1024 tokens.
 
 Run: jaxcomp compress demo:smollm2 configs/smollm2_gptq_w4.py --out OUT
-Needs: 2 cores and 2 GB. Expect: the README's table, which `python benchmarks/quality.py` prints.
+Expect: the README's table, which `python benchmarks/quality.py` prints.
 """
 
 from jaxcomp import GPTQ, CalibSpec, Perplexity, QuantSpec, Recipe
@@ -10,6 +10,6 @@ from jaxcomp import GPTQ, CalibSpec, Perplexity, QuantSpec, Recipe
 def recipe() -> Recipe:
     return Recipe(
         steps=(GPTQ(weight=QuantSpec(bits=4), clip="output", first_token_weight=16.0),),
-        calib=CalibSpec("wiki_calib", samples=64, length=1024, batch=4),
+        calib=CalibSpec("wiki_calib", samples=32, length=1024, batch=4),
         evals=(Perplexity("wiki_eval", context=1024, tokens=8184),),
     )

@@ -1,7 +1,7 @@
 """Round-to-nearest W4 g64 symmetric of SmolLM2-135M: the floor that other methods are read against.
 
 Run: jaxcomp compress demo:smollm2 configs/smollm2_rtn_w4g64.py --out OUT
-Needs: 2 cores and 1 GB. Expect: the README's table, which `python benchmarks/quality.py` prints.
+Expect: the README's table, which `python benchmarks/quality.py` prints.
 """
 
 from jaxcomp import RTN, Perplexity, QuantSpec, Recipe

@@ -30,7 +30,7 @@ from jaxcomp.core.metrics import Row
 from jaxcomp.core.store import StoredTree, save_tree
 from jaxcomp.core.tree import named_leaves
 from jaxcomp.models.decoder import Block, Decoder, load_block
-from jaxcomp.models.stream import Hidden, block_step, embed_batches
+from jaxcomp.models.stream import Hidden, embed_batches, step_batches
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +192,7 @@ def blockwise(
         if inputs:
             source = jax.device_put(new if inputs == "compressed" else block)
             last = index + 1 == total
-            hidden = [] if last else [np.asarray(block_step(source, x)) for x in hidden]
+            hidden = [] if last else step_batches(source, hidden)
         seconds = time.perf_counter() - started
         rows = rows + [
             Row(name, index, linear or None, values) for linear, values in metrics.items() if linear

@@ -6,10 +6,11 @@ all windows of a chunk go through one block before the next is touched.
 """
 
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,8 @@ from jaxcomp.core.quantize import QTensor, dequantize
 from jaxcomp.data.batches import evaluation_windows
 from jaxcomp.data.corpora import load_text
 from jaxcomp.models.decoder import Decoder
-from jaxcomp.models.layers import rms_norm
-from jaxcomp.models.stream import embed_batches, run_blocks
+from jaxcomp.models.layers import RMSNorm, rms_norm
+from jaxcomp.models.stream import embed_batches, map_batches, run_blocks
 
 CHUNK_TOKENS = 2**17  # tokens whose hidden states are on the host at once
 VOCAB_CHUNK = 512  # words whose logits exist at once; small enough to stay in the cache
@@ -88,38 +89,55 @@ def window_nll(
 ) -> Float[np.ndarray, "windows context-1"]:
     """Negative log-likelihood of every token after the first of each window, in nats."""
     chunk = max(batch, CHUNK_TOKENS // tokens.shape[1] // batch * batch)
-    out = []
+    out, head = [], _head(model.replace(blocks=()), model.config.compute_dtype)
     for start in range(0, len(tokens), chunk):
         part = tokens[start : start + chunk]
         hidden = run_blocks(model, embed_batches(model, part, batch), progress)
-        for i, x in enumerate(hidden):
-            targets = part[i * batch : i * batch + len(x), 1:]
-            head = model.replace(blocks=())
-            out.append(np.asarray(token_nll(head, x[:, :-1], targets)))
+        targets = [part[i : i + batch, 1:] for i in range(0, len(part), batch)]
+        nll = lambda x, t: np.asarray(token_nll(model.norm, head, x[:, :-1], t))  # noqa: E731
+        out += map_batches(nll, hidden, targets)
     return np.concatenate(out)
+
+
+class Head(NamedTuple):
+    """The output layer: `w` in the compute dtype, `b` in float32 or None."""
+
+    w: Float[Array, "vocab d_model"]
+    b: Float[Array, " vocab"] | None
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _head(model: Decoder, dtype: str) -> Head:
+    if model.lm_head is None:
+        return Head(model.embed.weight.astype(dtype), None)
+    w, b = model.lm_head.w, model.lm_head.b
+    w = dequantize(w) if isinstance(w, QTensor) else w
+    return Head(w.astype(dtype).T, None if b is None else b.astype(jnp.float32))
 
 
 @jax.jit
 def token_nll(
-    model: Decoder, x: Float[Array, "batch time d_model"], targets: Int[Array, "batch time"]
+    norm: RMSNorm | None,
+    head: Head,
+    x: Float[Array, "batch time d_model"],
+    targets: Int[Array, "batch time"],
 ) -> Float[Array, "batch time"]:
     """−log p(target) for each hidden state after the last block, float32.
 
     The vocabulary is walked in chunks with a running maximum and sum, so neither the logits nor the
-    log-probabilities of all tokens and words ever exist. `model` may have lost its blocks.
+    log-probabilities of all tokens and words ever exist.
     """
-    rows = rms_norm(model.norm, x).reshape(-1, x.shape[-1])
-    wanted, (head, bias) = targets.reshape(-1), _head(model, x.dtype)
-    vocab = head.shape[0]
+    rows, wanted = rms_norm(norm, x).reshape(-1, x.shape[-1]), targets.reshape(-1)
+    vocab = head.w.shape[0]
     chunk = min(VOCAB_CHUNK, vocab)
 
     def visit(i: Array, state: tuple) -> tuple:
         highest, total, gold = state
         start = jnp.minimum(i * chunk, vocab - chunk)  # the last chunk overlaps the one before it
-        part = jax.lax.dynamic_slice_in_dim(head, start, chunk)
+        part = jax.lax.dynamic_slice_in_dim(head.w, start, chunk)
         logits = jnp.matmul(rows, part.T, preferred_element_type=jnp.float32)
-        if bias is not None:
-            logits = logits + jax.lax.dynamic_slice_in_dim(bias, start, chunk)
+        if head.b is not None:
+            logits = logits + jax.lax.dynamic_slice_in_dim(head.b, start, chunk)
         at = wanted - start
         here = (at >= 0) & (at < chunk)
         hit = jnp.take_along_axis(logits, jnp.clip(at, 0, chunk - 1)[:, None], axis=1)[:, 0]
@@ -133,12 +151,3 @@ def token_nll(
     start = jnp.full(len(rows), -1e30), jnp.zeros(len(rows)), jnp.zeros(len(rows))
     highest, total, gold = jax.lax.fori_loop(0, -(-vocab // chunk), visit, start)
     return (jnp.log(total) + highest - gold).reshape(targets.shape)
-
-
-def _head(model: Decoder, dtype: Any) -> tuple[Array, Array | None]:
-    """The head as `[vocab, d_model]` in `dtype`, and its bias in float32."""
-    if model.lm_head is None:
-        return model.embed.weight.astype(dtype), None
-    w, b = model.lm_head.w, model.lm_head.b
-    w = dequantize(w) if isinstance(w, QTensor) else w
-    return w.astype(dtype).T, None if b is None else b.astype(jnp.float32)

@@ -18,6 +18,7 @@ from jaxcomp.models.rope import Rope, rope_tables, rotate
 
 QUERY_TILE = 128  # queries a tile; see the module docstring
 MAX_TILES = 32  # longer sequences get larger tiles, which bounds the compiled program
+ONES = 16  # a vector register's worth; one column would make the product's width odd
 MASKED = -1e30  # finite, so that a row with nothing to see gives numbers and not NaN
 
 
@@ -158,8 +159,11 @@ def _softmax_attend(
     bias = jnp.where(seen, 0.0, MASKED)[:, None, None]
     scores = scores.reshape(batch, kv_heads, group, time, -1) + bias
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights.reshape(batch, kv_heads, group * time, -1).astype(q.dtype)
-    y = jnp.einsum("bhqk,bhkd->bhqd", weights, v.astype(q.dtype), **dots)
-    y = y.reshape(batch, kv_heads, group, time, dim) / total  # after the product: fewer divisions
+    # Columns of ones make the product sum the weights too: one pass over them less.
+    ones = jnp.ones((*v.shape[:-1], ONES), q.dtype)
+    y = jnp.einsum(
+        "bhqk,bhkd->bhqd", weights, jnp.concatenate([v.astype(q.dtype), ones], -1), **dots
+    )
+    y = (y[..., :dim] / y[..., dim : dim + 1]).reshape(batch, kv_heads, group, time, dim)
     return y.astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(batch, time, -1)

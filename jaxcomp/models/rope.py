@@ -11,6 +11,7 @@ transformers' `modeling_rope_utils` is followed, so that logits agree with it.
 import math
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -47,9 +48,20 @@ class Rope:
 def rope_tables(
     rope: Rope, head_dim: int, positions: Int[Array, "batch time"]
 ) -> tuple[Float[Array, "batch time half"], Float[Array, "batch time half"]]:
-    """cos and sin of the angles at `positions`, float32, `half = head_dim / 2`."""
-    angles = positions[..., None].astype(jnp.float32) * _frequencies(rope, head_dim, positions)
-    return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
+    """cos and sin of the angles at `positions`, float32, `half = head_dim / 2`.
+
+    The loop over frequencies keeps XLA from fusing the tables into the rotation, where it would
+    compute every cosine anew for every head.
+    """
+    positions = positions.astype(jnp.float32)
+
+    def one(frequency: Array) -> tuple[Array, Array]:
+        angles = positions * frequency
+        return jnp.cos(angles), jnp.sin(angles)
+
+    tables = jax.lax.map(one, jnp.asarray(_frequencies(rope, head_dim, positions)))
+    cos, sin = (jnp.moveaxis(t, 0, -1) * rope.attention_factor for t in tables)
+    return cos, sin
 
 
 def rotate(

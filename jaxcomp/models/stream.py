@@ -4,8 +4,10 @@ This is how evaluation and calibration see a model. A block is compiled once per
 model larger than memory streams through.
 """
 
+import concurrent.futures
 import functools
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -17,6 +19,9 @@ from jaxcomp.models.attention import plain_context
 from jaxcomp.models.decoder import Block, Decoder, block_forward, iter_blocks
 from jaxcomp.models.layers import embed_tokens
 
+IN_FLIGHT = 2
+
+T = TypeVar("T")
 Hidden = list[np.ndarray]  # one [batch, time, d_model] array a batch
 
 
@@ -48,8 +53,22 @@ def run_blocks(
     """Hidden states after the last block; `each` may wrap the blocks to show progress."""
     for block in each(iter_blocks(model)):
         block = _cast_weights(jax.device_put(block), model.config.compute_dtype)
-        hidden = [np.asarray(block_step(block, x)) for x in hidden]
+        hidden = step_batches(block, hidden)
     return hidden
+
+
+def step_batches(block: Block, hidden: Hidden) -> Hidden:
+    """`block_step` on every batch, back on the host."""
+    return map_batches(lambda x: np.asarray(block_step(block, x)), hidden)
+
+
+def map_batches(f: Callable[..., T], *batches: Iterable) -> list[T]:
+    """`[f(*b) for b in zip(*batches)]` with `IN_FLIGHT` calls at a time.
+
+    A compiled program has stretches that one core does alone; the next batch fills them.
+    """
+    with concurrent.futures.ThreadPoolExecutor(IN_FLIGHT) as pool:
+        return list(pool.map(f, *batches))
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
