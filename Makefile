@@ -38,6 +38,7 @@ lint: $(VENV)/.lint  ## Check style and format
 	$(BIN)/ruff format --check .
 
 bench: $(VENV)/.dev  ## Run the benchmarks beside other packages
+	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/peers/eval.py
 	$(BIN)/python benchmarks/peers/gptq.py
 	$(BIN)/python benchmarks/memory.py

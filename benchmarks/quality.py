@@ -11,7 +11,7 @@ perplexity and that of the same weights dequantized to float32.
 import argparse
 import dataclasses
 
-from common import clocked, environment, header, table, write_results
+from common import ROOT, clocked, environment, header, table, write_results
 
 RECIPES = ("smollm2_gptq_w4g64", "smollm2_gptq_w4", "smollm2_gptq_w3g64_asym")
 MODEL = "demo:smollm2"
@@ -40,7 +40,7 @@ def main() -> None:
     loaded = job.load(MODEL)
     rows, results = [], []
     for name in args.only or RECIPES:
-        recipe = jaxcomp.load_recipe(f"configs/{name}.py")
+        recipe = jaxcomp.load_recipe(ROOT / "configs" / f"{name}.py")
         (gptq,), spec = recipe.steps, recipe.calib
         if args.samples:
             spec = dataclasses.replace(spec, samples=args.samples)

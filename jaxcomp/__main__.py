@@ -6,6 +6,7 @@ Heavy imports are inside the commands, so that `--help` answers at once.
 import contextlib
 import json
 import logging
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -73,6 +74,7 @@ def _start(
     """Compress large language models, and know what it cost."""
     level = logging.INFO if verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", force=True)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else: torch is absent
     logging.getLogger("jax").setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.WARNING)
 

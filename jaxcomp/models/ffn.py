@@ -10,6 +10,10 @@ from jaxcomp.core.linear import Linear, linear
 from jaxcomp.core.site import Tap
 from jaxcomp.core.struct import node, static
 
+TOKEN_TILE = (
+    256  # tokens at a time on a CPU, so that gate and up stay in the cache until multiplied
+)
+MAX_TILES = 32  # longer sequences get larger tiles, which bounds the compiled program
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -29,10 +33,14 @@ class DenseFFN:
 def ffn(
     p: DenseFFN, x: Float[Array, "batch time d_model"], tap: Tap
 ) -> Float[Array, "batch time d_model"]:
-    """The feed-forward unit of one block; `x` is what `ffn_in` gave.
+    """The feed-forward unit of one block; `x` is what `ffn_in` gave."""
+    time = x.shape[1]
+    tile = max(TOKEN_TILE, -(-time // MAX_TILES)) if jax.default_backend() == "cpu" else time
+    parts = [_gated(p, x[:, start : start + tile]) for start in range(0, time, tile)]
+    return linear(p.down, tap("ffn_mid", jnp.concatenate(parts, axis=1)))
 
-    Gate and up stay in float32 until their product: rounding them first costs accuracy and time.
-    """
+
+def _gated(p: DenseFFN, x: Float[Array, "batch time d_model"]) -> Float[Array, "batch time d_ff"]:
+    """`act(gate(x)) · up(x)`; both stay in float32 until their product."""
     gate, up = linear(p.gate, x, jnp.float32), linear(p.up, x, jnp.float32)
-    h = (ACTIVATIONS[p.activation](gate) * up).astype(x.dtype)
-    return linear(p.down, tap("ffn_mid", h))
+    return (ACTIVATIONS[p.activation](gate) * up).astype(x.dtype)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from jaxcomp.core.linear import Linear
+from jaxcomp.core.quantize import QuantSpec
 from jaxcomp.core.tree import get_at, named_leaves, replace_at
-from jaxcomp.models.anatomy import anatomy
+from jaxcomp.models.anatomy import anatomy, check_grid
 from jaxcomp.models.attention import plain_context
 from jaxcomp.models.decoder import block_forward, forward, map_blocks
 from jaxcomp.models.families import FAMILIES
@@ -157,3 +158,10 @@ def test_a_node_without_anatomy_is_named():
     block = model_of("llama").blocks[0]
     with pytest.raises(TypeError, match="attention node RMSNorm; register one here"):
         anatomy(block.replace(attn=block.attn_norm))
+
+
+def test_a_grid_that_does_not_fit_names_block_and_linear():
+    model = tiny.model("llama", jax.random.key(0))
+    check_grid(model, QuantSpec(bits=4, group_size=16))
+    with pytest.raises(ValueError, match=r"block 0, attn\.q: in_ch=32 .*group_size=24.*divisor"):
+        check_grid(model, QuantSpec(bits=4, group_size=24))

@@ -1,0 +1,54 @@
+"""The dry run: it reads no block, and what it says is made of what the compiler knows."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from jaxcomp.calibrate import Calibration
+from jaxcomp.calibrate.plan import plan, tree_bytes
+from jaxcomp.core.quantize import QuantSpec
+from jaxcomp.methods import GPTQ, RTN
+from jaxcomp.models.decoder import Block, block_struct
+from tests import tiny
+
+TOKENS = np.zeros((6, 16), np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unreadable:
+    """A handle that knows its structure and must not be asked for more."""
+
+    block: Block
+
+    def load(self):
+        raise AssertionError("a dry run read a block")
+
+    def struct(self):
+        return jax.eval_shape(lambda: self.block)
+
+
+@pytest.fixture(scope="module")
+def model():
+    made = tiny.model("qwen2", jax.random.key(0))
+    return made.replace(blocks=tuple(Unreadable(b) for b in made.blocks))
+
+
+def test_every_step_is_planned_without_reading_a_block(model):
+    steps = plan(model, (GPTQ(), RTN(weight=QuantSpec(8))), Calibration(TOKENS, batch=3))
+    assert [s.step for s in steps] == ["GPTQ", "RTN"]
+    assert all(s.seconds > 0 for s in steps)
+
+
+def test_the_peak_covers_the_block_its_float32_copy_and_the_hidden_states(model):
+    (step,) = plan(model, (GPTQ(),), Calibration(TOKENS, batch=3))
+    (longer,) = plan(model, (GPTQ(),), Calibration(np.zeros((6000, 16), np.int32), batch=3))
+    hidden = 4 * 16 * model.config.d_model * (6000 - 6)
+    assert step.peak_bytes > 2 * tree_bytes(block_struct(model.blocks[0]))
+    assert longer.peak_bytes > step.peak_bytes + hidden  # resident memory itself may differ a bit
+
+
+def test_a_step_that_leaves_the_weights_alone_has_nothing_to_compile(model):
+    (step,) = plan(model, (RTN(weight=None),), None)
+    assert step.seconds == 0
