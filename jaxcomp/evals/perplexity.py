@@ -57,7 +57,7 @@ class Perplexity:
         encode: Callable[[str], np.ndarray],
         progress: Callable = lambda x, **_: x,
     ) -> dict[str, float]:
-        """Perplexity, mean nats and bits per byte of `text` under `model`.
+        """Perplexity, mean nats a token and number of tokens scored of `text` under `model`.
 
         Args:
           model: blocks may be behind handles.

@@ -1,0 +1,81 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcomp.core.linear import Linear
+from jaxcomp.core.quantize import QuantSpec, dequantize, quantize
+from jaxcomp.data.batches import evaluation_windows
+from jaxcomp.evals import perplexity
+from jaxcomp.evals.perplexity import Perplexity, window_nll
+from jaxcomp.models.decoder import forward
+from tests import tiny
+
+TOKENS = np.asarray(tiny.tokens(jax.random.key(1), 5, 16))
+
+
+def naive_nll(model, tokens):
+    """−log softmax of the full forward at the next token, float64."""
+    logits = np.asarray(forward(model, tokens), np.float64)[:, :-1]
+    highest = logits.max(-1, keepdims=True)
+    log_sum = np.log(np.exp(logits - highest).sum(-1)) + highest[..., 0]
+    return log_sum - np.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
+
+
+@pytest.fixture(params=["qwen2", "mistral"], ids=["tied head", "own head"])
+def model(request):
+    made = tiny.model(request.param, jax.random.key(0))
+    assert (made.lm_head is None) == (request.param == "qwen2")
+    return made
+
+
+@pytest.mark.parametrize("chunk", [7, 64, 10**6])
+def test_the_loss_is_that_of_the_whole_softmax_whatever_the_chunk(model, chunk, monkeypatch):
+    monkeypatch.setattr(perplexity, "VOCAB_CHUNK", chunk)
+    perplexity.token_nll.clear_cache()  # the chunk is not part of the compilation key
+    found = window_nll(model, TOKENS, batch=2)
+    np.testing.assert_allclose(found, naive_nll(model, TOKENS), rtol=2e-5, atol=2e-5)
+    perplexity.token_nll.clear_cache()
+
+
+def test_batches_and_chunks_of_tokens_change_nothing(model, monkeypatch):
+    whole = window_nll(model, TOKENS, batch=5)
+    monkeypatch.setattr(perplexity, "CHUNK_TOKENS", 32)
+    np.testing.assert_allclose(window_nll(model, TOKENS, batch=2), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_may_be_quantized_and_have_a_bias():
+    model = tiny.model("mistral", jax.random.key(0))
+    w = quantize(model.lm_head.w, QuantSpec(4))
+    bias = jax.random.normal(jax.random.key(3), (model.config.vocab_size,))
+    packed = model.replace(lm_head=Linear(w, bias))
+    dense = model.replace(lm_head=Linear(dequantize(w), bias))
+    found = window_nll(packed, TOKENS, batch=5)
+    np.testing.assert_allclose(found, naive_nll(dense, TOKENS), rtol=2e-5, atol=2e-5)
+
+
+def test_perplexity_counts_just_the_predictions_of_its_windows(model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("x" * 100)
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, 100).astype(np.int32)
+    for stride, tokens in ((None, None), (None, 45), (8, None), (5, 33)):
+        numbers = Perplexity(str(text), context=16, stride=stride, tokens=tokens)(
+            model, lambda _: ids
+        )
+        windows = evaluation_windows(ids, 16, stride, tokens)
+        mean = naive_nll(model, windows.tokens)[windows.score].mean()
+        assert (
+            numbers["tokens"] == windows.score.sum() == (tokens or 99 if stride else tokens or 93)
+        )
+        assert numbers["nll"] == pytest.approx(mean, rel=1e-5)
+        assert numbers["perplexity"] == pytest.approx(math.exp(mean), rel=1e-4)
+
+
+def test_a_model_that_makes_nan_is_refused_with_a_way_to_find_the_block(model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("x" * 100)
+    broken = model.replace(norm=model.norm.replace(weight=model.norm.weight * jnp.nan))
+    with pytest.raises(ValueError, match=r"text\.txt.*nan.*inspect --check"):
+        Perplexity(str(text), context=16)(broken, lambda _: np.arange(100, dtype=np.int32))
