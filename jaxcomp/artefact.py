@@ -37,7 +37,7 @@ from jaxcomp.core.store import (
 )
 
 # Importing the decoder registers every node class that an artefact may hold.
-from jaxcomp.models.decoder import Decoder, load_block
+from jaxcomp.models.decoder import BlockHandle, Decoder, load_block
 
 FORMAT, VERSION = "jaxcomp-artefact", 1
 MANIFEST = "manifest.json"
@@ -249,7 +249,7 @@ def _write_part(path: pathlib.Path, part: Any) -> Contents:
     path.mkdir(parents=True)
     if isinstance(part, StoredTree):
         return link_tree(part, path)
-    return write_tree(path, load_block(part))
+    return write_tree(path, part.load() if isinstance(part, BlockHandle) else part)
 
 
 def _contents(manifest: dict[str, Json]) -> dict[str, Contents]:

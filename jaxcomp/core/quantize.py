@@ -13,6 +13,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8, UInt8
 
 from jaxcomp.core.struct import node, static, static_value
@@ -139,7 +140,7 @@ def quantize_with(
     return QTensor(pack(codes, spec.bits), scale, zero_point, spec.bits, w.shape[-2])
 
 
-def dequantize(q: QTensor, dtype: jnp.dtype = jnp.float32) -> Float[Array, "*batch in_ch out_ch"]:
+def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32) -> Float[Array, "*batch in_ch out_ch"]:
     """`(q − z)·s`, computed in float32 and cast to `dtype`."""
     return dequantize_codes(q.codes, q.scale, q.zero_point).astype(dtype)
 

@@ -38,6 +38,7 @@ def static(**kwargs) -> typing.Any:
 def static_value(cls: T) -> T:
     """Makes `cls` a frozen dataclass that may be the value of a static field and of a setting."""
     cls = dataclasses.dataclass(frozen=True)(cls)
+    cls.__init__ = typing.no_type_check(cls.__init__)  # it checks its values itself, in words
     STATICS[_register(cls, STATICS)] = cls
     return cls
 

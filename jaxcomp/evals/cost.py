@@ -38,7 +38,7 @@ class Cost:
         model: Decoder,
         encode: Callable[[str], np.ndarray] | None = None,
         progress: Callable = lambda x, **_: x,
-    ) -> dict[str, float]:
+    ) -> dict[str, int | float]:
         """Bytes, bits a weight, prefill and decode tokens a second, peak bytes."""
         size = sizes(model)
         rng = np.random.default_rng(0)

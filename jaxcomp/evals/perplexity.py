@@ -56,7 +56,7 @@ class Perplexity:
         model: Decoder,
         encode: Callable[[str], np.ndarray],
         progress: Callable = lambda x, **_: x,
-    ) -> dict[str, float]:
+    ) -> dict[str, int | float]:
         """Perplexity, mean nats a token and number of tokens scored of `text` under `model`.
 
         Args:

@@ -90,7 +90,7 @@ def extend(
     cache: Cache,
     valid: Bool[Array, "batch time"] | None = None,
     last_only: bool = False,
-) -> tuple[Float[Array, "batch time vocab"], Cache]:
+) -> tuple[Float[Array, "batch scored vocab"], Cache]:
     """Logits of tokens that follow what the cache holds, and the longer cache.
 
     One call with the whole prompt is a prefill, one with a single token a decoding step. The

@@ -12,7 +12,7 @@ from jaxcomp.core.quantize import QTensor
 from jaxcomp.models.decoder import Decoder, block_struct
 
 
-def sizes(model: Decoder) -> dict[str, float]:
+def sizes(model: Decoder) -> dict[str, int | float]:
     """Bytes by part and bits per weight; nothing is read from blocks behind handles.
 
     Returns:

@@ -58,7 +58,7 @@ def gptq(
     spec: QuantSpec,
     *,
     act_order: bool = True,
-    damp: float = 0.01,
+    damp: float | Float[Array, ""] = 0.01,
     clip: Clip = "none",
 ) -> GPTQSolution:
     """Quantizes `w` for inputs whose second moment is `hessian`; jittable, float32 inside.
@@ -121,7 +121,7 @@ def _fit(w: Array, importance: Array, spec: QuantSpec, clip: Clip) -> tuple[Arra
     return search_range(w, spec, importance if clip == "output" else None)
 
 
-def _factor(h: Array, order: Array, damp: float) -> tuple[Array, Array]:
+def _factor(h: Array, order: Array, damp: float | Array) -> tuple[Array, Array]:
     """L lower triangular with H[order, order] + λ·mean(diag H)·I = L Lᵀ, and the λ that worked.
 
     Dead channels get a diagonal of 1.

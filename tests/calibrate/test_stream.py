@@ -145,8 +145,8 @@ def test_an_interrupted_run_continues_with_the_arrays_it_would_have_had(
 
     resumed = blockwise("round", model, calib, watched, run=Run(StepStore(store)))
     assert visited == list(range(stop, 3))
-    assert [dataclasses.replace(r, seconds=0) for r in resumed.rows] == [
-        dataclasses.replace(r, seconds=0) for r in whole.rows
+    assert [dataclasses.replace(r, seconds=0.0) for r in resumed.rows] == [
+        dataclasses.replace(r, seconds=0.0) for r in whole.rows
     ]
     for a, b in zip(resumed.model.blocks, whole.model.blocks, strict=True):
         assert leaves_equal(a.load(), b.load())
