@@ -327,7 +327,8 @@ def _print_plan(
     steps = job.dry_run(model, recipe, compute_dtype=dtype or "float32", allow_config=allow)
     for step in steps:
         seconds, peak = step["seconds"], step["peak_bytes"]
-        table.add_row(step["step"], f"{seconds / 60:.1f} min", f"{peak / 2**30:.2f} GiB")
+        shown = f"{seconds / 60:.1f} min" if seconds else ""
+        table.add_row(step["step"], shown, f"{peak / 1e9:.2f} GB")
     console.print(table)
     console.print(
         "a dry run: every program was compiled and timed on zeros, no block was read and nothing "

@@ -27,7 +27,7 @@ import rich.console
 
 import jaxcomp
 from jaxcomp import artefact
-from jaxcomp.calibrate.plan import plan
+from jaxcomp.calibrate.plan import plan, plan_write
 from jaxcomp.calibrate.stream import Calibration, Run, StepStore, write_whole
 from jaxcomp.data.batches import sample_hash, sample_windows
 from jaxcomp.data.corpora import load_text
@@ -211,11 +211,13 @@ def dry_run(
 ) -> list[dict[str, Any]]:
     """What each step of `compress` would take: dicts with `step`, `seconds` and `peak_bytes`.
 
-    No block is read; see `jaxcomp.calibrate.plan`. Evaluations are not planned.
+    No block is read; see `jaxcomp.calibrate.plan`. The last entry is the writing of the artefact,
+    whose time is not predicted (0.0). Evaluations are not planned.
     """
     loaded = load(source, compute_dtype=compute_dtype, lazy=True, allow_config=allow_config)
     calib = calibration(loaded, recipe.calib) if recipe.calib else None
-    return [step._asdict() for step in plan(loaded.model, recipe.steps, calib)]
+    steps = plan(loaded.model, recipe.steps, calib)
+    return [step._asdict() for step in (*steps, plan_write(loaded.model))]
 
 
 def generate(

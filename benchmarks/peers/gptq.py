@@ -161,12 +161,12 @@ PEERS = {
 }
 DEFAULT = ("jaxcomp", "qwix", "llmcompressor", "gptqmodel")
 UNUSABLE = """\
-Torch packages that were tried and have no GPTQ for a bare matrix and Hessian on a CPU:
+Torch packages without a GPTQ that takes a bare matrix and Hessian on a CPU:
   torchao 0.18     prototype/gptq asserts a CUDA device ("GPTQ only supports CUDA currently")
   auto-gptq 0.7.1  imports a name that transformers 5 removed, and ends in torch.cuda.synchronize()
-  optimum 2.3      its GPTQ quantizer calls gptqmodel's
-  auto-round 0.16  writes the GPTQ format; its solver is signed gradient descent, not GPTQ
-  gptq 0.0.3       does not build: it compiles a CUDA extension"""
+  optimum 2.3      its source hands GPTQ over to gptqmodel (not run)
+  auto-round 0.16  its source has no GPTQ solver, only the format (not run)
+  gptq 0.0.3       does not build here"""
 
 
 def main() -> None:

@@ -73,6 +73,15 @@ def plan(model: Decoder, steps: Iterable[Any], calib: Calibration | None) -> lis
     return [_plan_step(step, model, structs, calib) for step in steps]
 
 
+def plan_write(model: Decoder) -> StepPlan:
+    """What writing the artefact takes at its largest moment: the parts outside the blocks.
+
+    To be called after `plan`: what its programs left resident, a run will hold as well.
+    """
+    block = max(tree_bytes(block_struct(block)) for block in model.blocks)
+    return StepPlan("write", 0.0, rss() + 2 * block + tree_bytes(model.replace(blocks=())))
+
+
 def tree_bytes(tree: Any) -> int:
     """Bytes of the arrays, or structs, in a tree."""
     return sum(int(np.prod(a.shape)) * np.dtype(a.dtype).itemsize for a in jax.tree.leaves(tree))

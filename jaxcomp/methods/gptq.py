@@ -32,7 +32,7 @@ from jaxcomp.calibrate.plan import BlockPlan, Program, tree_bytes
 from jaxcomp.calibrate.stats import hessian_finish, hessian_init, hessian_update
 from jaxcomp.calibrate.stream import BlockStep, Calibration, Metrics, Result, Run, blockwise
 from jaxcomp.core.quantize import QTensor, QuantSpec, dequantize
-from jaxcomp.core.tree import get_at, replace_at
+from jaxcomp.core.tree import get_at, replace_at, replace_many
 from jaxcomp.models.anatomy import anatomy, check_grid
 from jaxcomp.models.decoder import Block, Decoder
 from jaxcomp.models.stream import block_step
@@ -124,10 +124,7 @@ def solve_block(cfg: GPTQ, step: BlockStep) -> tuple[Block, Metrics]:
                 metrics[path] = _checked(numbers, cfg, where)
                 block = replace_at(block, f"{path}.w", values)
                 solved[f"{path}.w"] = quantized
-    out = step.block
-    for path, quantized in solved.items():
-        out = replace_at(out, path, quantized)
-    return out, metrics
+    return replace_many(step.block, solved), metrics
 
 
 def _as_float32(a):
