@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "jaxcomp.core": ("jaxcomp.core",),
     "jaxcomp.core.quantize": ("jaxcomp.core", "pallas_kernels"),
     "jaxcomp.core.linear": ("jaxcomp.core", "pallas_kernels"),
+    "jaxcomp.core.transforms": ("jaxcomp.core", "pallas_kernels"),
     "jaxcomp.solvers": ("jaxcomp.core", "pallas_kernels.packing"),
     "jaxcomp.kv": ("jaxcomp.core",),
     "jaxcomp.models": ("jaxcomp.core", "jaxcomp.kv"),

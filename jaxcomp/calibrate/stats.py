@@ -37,3 +37,53 @@ def hessian_update(state: Hessian, x: Float[Array, "batch time channels"]) -> He
 def hessian_finish(state: Hessian) -> Float[Array, "channels channels"]:
     """H = (2/Σw) Σ w·xᵀx, the Hessian of the weighted mean squared output error."""
     return 2.0 * state.total / jnp.maximum(state.weight, 1.0)
+
+
+class Magnitude(NamedTuple):
+    """Running magnitudes of each channel of a site.
+
+    Attributes:
+      amax: largest |x|, float32.
+      total: Σ|x|; over `count` tokens it gives the mean.
+      count: tokens seen.
+    """
+
+    amax: Float[Array, " channels"]
+    total: Float[Array, " channels"]
+    count: Float[Array, ""]
+
+
+def magnitude_init(channels: int) -> Magnitude:
+    """Nothing seen yet."""
+    return Magnitude(jnp.zeros(channels), jnp.zeros(channels), jnp.zeros(()))
+
+
+def magnitude_update(state: Magnitude, x: Float[Array, "*tokens channels"]) -> Magnitude:
+    """Adds the tokens of `x`."""
+    rows = jnp.abs(x.astype(jnp.float32)).reshape(-1, x.shape[-1])
+    return Magnitude(
+        jnp.maximum(state.amax, jnp.max(rows, axis=0)),
+        state.total + jnp.sum(rows, axis=0),
+        state.count + len(rows),
+    )
+
+
+class Range(NamedTuple):
+    """Running least and greatest value of each channel of a site, `[…, channels]`, float32."""
+
+    low: Float[Array, "*heads channels"]
+    high: Float[Array, "*heads channels"]
+
+
+def range_init(*channels: int) -> Range:
+    """Nothing seen yet; the range holds 0."""
+    return Range(jnp.zeros(channels), jnp.zeros(channels))
+
+
+def range_update(state: Range, x: Float[Array, "batch time *heads channels"]) -> Range:
+    """Widens the range by the tokens of `x`."""
+    x = x.astype(jnp.float32)
+    return Range(
+        jnp.minimum(state.low, jnp.min(x, axis=(0, 1))),
+        jnp.maximum(state.high, jnp.max(x, axis=(0, 1))),
+    )

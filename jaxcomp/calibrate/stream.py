@@ -34,7 +34,9 @@ from jaxcomp.models.stream import Hidden, embed_batches, step_batches
 
 log = logging.getLogger(__name__)
 
-Metrics = dict[str, dict[str, float | int | str]]  # path of a linear ("" for the block) → numbers
+Metrics = dict[
+    str, dict[str, float | int | str | list[float]]
+]  # path of a linear ("" for the block) → numbers
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,12 +32,13 @@ class Row:
       step: name of the method.
       block, linear: where; None for the whole model or the whole block.
       metrics: by convention `error_before` and `error_after` (relative squared error of the
-        output, of plain rounding and of the method), `weight_error`, `bits`; others are free.
+        output, of plain rounding and of the method), `weight_error`, `bits`; others are free. A
+        list of floats is a curve for the pictures.
       seconds: wall time, 0.0 where it was not taken separately.
     """
 
     step: str
     block: int | None
     linear: str | None
-    metrics: dict[str, float | int | str]
+    metrics: dict[str, float | int | str | list[float]]
     seconds: float = 0.0

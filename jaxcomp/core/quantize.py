@@ -206,45 +206,75 @@ def range_to_grid(low: Array, high: Array, spec: QuantSpec) -> tuple[Array, Arra
 
 def round_to_codes(x: Array, scale: Array, zero_point: Array | None, spec: QuantSpec) -> Array:
     """Nearest code of each entry, int8; `scale` and `zero_point` broadcast against `x`."""
-    q = jnp.round(x.astype(jnp.float32) / scale)
-    if zero_point is not None:
-        q = q + zero_point.astype(jnp.float32)
-    return jnp.clip(q, spec.qmin, spec.qmax).astype(jnp.int8)
+    return _codes(x, scale, zero_point, spec).astype(jnp.int8)
 
 
-def fake_quantize(x: Float[Array, "*dims"], spec: QuantSpec) -> Float[Array, "*dims"]:
-    """Quantizes and dequantizes, staying in the dtype of `x`; the gradient passes straight through.
+def fake_quantize(
+    x: Float[Array, "*dims"], spec: QuantSpec, clip: Array | None = None
+) -> Float[Array, "*dims"]:
+    """Quantizes and dequantizes, staying in the dtype of `x`, with a gradient.
 
     The range is measured on `x` itself: over the last axis for "token" (`[…, d_model]`) and "head"
     (`[…, head_dim]`), over everything for "tensor", along `in_ch` for a weight ("channel").
 
-    Source: straight-through estimator of Bengio et al., arXiv 1308.3432.
+    The gradient passes straight through the rounding and nothing else: it is 0 for an entry beyond
+    the range, and it reaches the entries that made the range, and `clip`, through the scale.
+
+    Args:
+      clip: factors of the least and the greatest value, `[2, …]` with the rest broadcasting against
+        the ranges (`[groups, out_ch]` for a weight); None for the whole range.
+
+    Source: straight-through estimator of Bengio et al., arXiv 1308.3432; clip factors of FlatQuant,
+    arXiv 2410.09426.
     """
-    return straight_through(x, _round_trip(jax.lax.stop_gradient(x), spec))
+    weight = spec.granularity == "channel" or (spec.granularity == "tensor" and not spec.dynamic)
+    low, high = weight_range(x, spec) if weight else activation_range(x, spec)
+    if clip is not None:
+        low, high = low * clip[0], high * clip[1]
+    scale, zero_point = range_to_grid(low, high, spec)
+    if not weight:
+        return fake_quantize_with(x, scale, zero_point, spec)
+    z = None if zero_point is None else zero_point[..., :, None, :]
+    grouped = _grouped(x, scale.shape[-2])
+    return fake_quantize_with(grouped, scale[..., :, None, :], z, spec).reshape(x.shape)
 
 
 def fake_quantize_with(
     x: Float[Array, "*dims"], scale: Array, zero_point: Array | None, spec: QuantSpec
 ) -> Float[Array, "*dims"]:
     """`fake_quantize` on a given grid, for static ranges; entries outside it saturate."""
-    q = round_to_codes(jax.lax.stop_gradient(x), scale, zero_point, spec).astype(jnp.float32)
+    q = _codes(x, scale, zero_point, spec)
     if zero_point is not None:
         q = q - zero_point.astype(jnp.float32)
-    return straight_through(x, q * scale)
+    return (q * scale).astype(x.dtype)
 
 
-def straight_through(x: Array, rounded: Array) -> Array:
-    """The value of `rounded` with the gradient of `x`."""
-    return x + jax.lax.stop_gradient(rounded.astype(x.dtype) - x)
-
-
-def _round_trip(x: Array, spec: QuantSpec) -> Array:
-    if spec.granularity == "channel" or (spec.granularity == "tensor" and not spec.dynamic):
-        return dequantize(quantize(x, spec), x.dtype)
+def activation_range(x: Float[Array, "*dims"], spec: QuantSpec) -> tuple[Array, Array]:
+    """Least and greatest value of what shares a range: the last axis, or all for "tensor"."""
     axes = tuple(range(x.ndim)) if spec.granularity == "tensor" else (-1,)
-    low, high = (f(x, axis=axes, keepdims=True) for f in (jnp.min, jnp.max))
-    scale, zero_point = range_to_grid(low, high, spec)
-    return fake_quantize_with(x, scale, zero_point, spec)
+    low, high = (f(x, axis=axes, keepdims=True).astype(jnp.float32) for f in (jnp.min, jnp.max))
+    return low, high
+
+
+@jax.custom_jvp
+def round_through(x: Array) -> Array:
+    """Rounds half to even; its derivative is 1."""
+    return jnp.round(x)
+
+
+@round_through.defjvp
+def _(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    return jnp.round(primals[0]), tangents[0]
+
+
+def _codes(x: Array, scale: Array, zero_point: Array | None, spec: QuantSpec) -> Array:
+    """Nearest code of each entry, float32, with the gradient of `fake_quantize`."""
+    q = round_through(x.astype(jnp.float32) / scale)
+    if zero_point is not None:
+        q = q + zero_point.astype(jnp.float32)
+    # `clip` alone has gradient 1/2 at the ends of the range, where every range has an entry.
+    inside = (q >= spec.qmin) & (q <= spec.qmax)
+    return jnp.where(inside, q, jax.lax.stop_gradient(jnp.clip(q, spec.qmin, spec.qmax)))
 
 
 def _grouped(w: Array, groups: int) -> Array:

@@ -85,9 +85,9 @@ def attention(
     cache: LayerCache | None = None,
 ) -> tuple[Float[Array, "batch time d_model"], LayerCache | None]:
     """Attention of one block; with a cache the call's keys are appended to it first."""
-    q = _heads(linear(p.q, x), p.head_dim)
-    k = _heads(linear(p.k, x), p.head_dim)
-    v = _heads(linear(p.v, x), p.head_dim)
+    q = _heads(linear(p.q, tap("q_in", x)), p.head_dim)
+    k = _heads(linear(p.k, tap("k_in", x)), p.head_dim)
+    v = _heads(linear(p.v, tap("v_in", x)), p.head_dim)
     q, k = rms_norm(p.q_norm, q), rms_norm(p.k_norm, k)
     cos, sin = rope_tables(p.rope, p.head_dim, ctx.positions)
     q = tap("query", rotate(q, cos, sin))

@@ -35,12 +35,12 @@ def ffn(
 ) -> Float[Array, "batch time d_model"]:
     """The feed-forward unit of one block; `x` is what `ffn_in` gave."""
     time = x.shape[1]
+    for_gate, for_up = tap("gate_in", x), tap("up_in", x)
     tile = max(TOKEN_TILE, -(-time // MAX_TILES)) if jax.default_backend() == "cpu" else time
-    parts = [_gated(p, x[:, start : start + tile]) for start in range(0, time, tile)]
+    parts = []
+    for start in range(0, time, tile):
+        # Both stay in float32 until their product.
+        gate = linear(p.gate, for_gate[:, start : start + tile], jnp.float32)
+        up = linear(p.up, for_up[:, start : start + tile], jnp.float32)
+        parts.append((ACTIVATIONS[p.activation](gate) * up).astype(x.dtype))
     return linear(p.down, tap("ffn_mid", jnp.concatenate(parts, axis=1)))
-
-
-def _gated(p: DenseFFN, x: Float[Array, "batch time d_model"]) -> Float[Array, "batch time d_ff"]:
-    """`act(gate(x)) · up(x)`; both stay in float32 until their product."""
-    gate, up = linear(p.gate, x, jnp.float32), linear(p.up, x, jnp.float32)
-    return (ACTIVATIONS[p.activation](gate) * up).astype(x.dtype)

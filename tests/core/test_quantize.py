@@ -162,16 +162,38 @@ def test_a_static_range_saturates():
     assert found[2] == 0 and found[0] == found[1] and found[4] == found[5]
 
 
-@pytest.mark.parametrize(
-    "spec", [QuantSpec(bits=3), QuantSpec(bits=3, granularity="token", dynamic=True)], ids=str
-)
-def test_the_gradient_passes_straight_through(spec):
+def test_the_gradient_passes_straight_through_inside_the_range_and_not_outside():
+    spec = QuantSpec(bits=4, granularity="tensor", symmetric=False)
+    scale, zero = range_to_grid(jnp.float32(-1.0), jnp.float32(2.0), spec)
+    x = jnp.array([-5.0, -0.9, 0.0, 0.33, 1.9, 9.0])
+    grad = jax.grad(lambda x: jnp.sum(fake_quantize_with(x, scale, zero, spec)))(x)
+    np.testing.assert_allclose(grad, [0, 1, 1, 1, 1, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("granularity", ["channel", "token"])
+def test_the_gradient_reaches_what_made_the_range(granularity, symmetric):
+    spec = QuantSpec(
+        3, granularity=granularity, symmetric=symmetric, dynamic=granularity != "channel"
+    )
     x = jnp.asarray(weight())
     value, grad = jax.value_and_grad(lambda x: jnp.sum(fake_quantize(x, spec) ** 2))(x)
-    rounded = fake_quantize(x, spec)
-    assert not np.array_equal(rounded, x)
-    np.testing.assert_allclose(grad, 2 * rounded, rtol=1e-6)  # d(out)/dx is one
-    assert value == pytest.approx(float(jnp.sum(rounded**2)))
+    # Twice the input is twice the output, so by Euler the gradient along x is twice the value.
+    np.testing.assert_allclose(jnp.sum(grad * x), 2 * value, rtol=1e-4)
+    assert value == pytest.approx(float(jnp.sum(fake_quantize(x, spec) ** 2)))
+
+
+def test_clip_factors_shrink_the_range_and_get_a_gradient():
+    spec = QuantSpec(3, granularity="token", symmetric=False, dynamic=True)
+    x = jax.random.normal(jax.random.key(3), (4, 64))
+    clip = jnp.array([0.5, 0.8])
+    found = fake_quantize(x, spec, clip)
+    step = (0.8 * jnp.max(x, -1) - 0.5 * jnp.min(x, -1)) / 7
+    assert (jnp.max(found, -1) <= 0.8 * jnp.max(x, -1) + step).all()
+    assert (jnp.min(found, -1) >= 0.5 * jnp.min(x, -1) - step).all()
+    loss = lambda c: jnp.sum((fake_quantize(x, spec, c) - x) ** 2)  # noqa: E731
+    assert (jnp.abs(jax.grad(loss)(clip)) > 0).all()
+    np.testing.assert_array_equal(fake_quantize(x, spec, jnp.ones(2)), fake_quantize(x, spec))
 
 
 def test_simulated_weights_equal_quantized_ones():

@@ -1,0 +1,144 @@
+"""Invertible transforms of an activation: x → x T, with the inverse folded into the weights.
+
+A transform is a node, so a block that rotates its input says so in its tree. Everything is done
+with two functions, because x W = (x T)(T⁻¹ W) and T⁻¹ W = (Wᵀ T⁻ᵀ)ᵀ:
+    transform(t, x)         x T, over the last axis
+    inverse_transpose(t)    the transform T⁻ᵀ
+    transform_rows(t, w)    T⁻¹ W, what a consumer of x T multiplies by
+    transform_columns(t, w) W T, what makes a producer put out x T
+"""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxcomp.core.hadamard import hadamard_base, hadamard_matrix, no_hadamard
+from jaxcomp.core.struct import node, static
+from pallas_kernels import kron_matmul
+
+DENSE = 128  # order up to which a Sylvester matrix is one product
+
+
+@node
+class Diag:
+    """x → x ⊙ scale; nothing about the inverse is stored."""
+
+    scale: Float[Array, " channels"]
+
+
+@node
+class Kron:
+    """x → x (left ⊗ right); see `pallas_kernels.kron_matmul`.
+
+    One factor alone is block-diagonal (`left` None: every run of n2 channels alike, as for heads)
+    or a mix of runs (`right` None); `left` None with `right` of all channels is a full matrix.
+    """
+
+    left: Float[Array, "n1 n1"] | None = None
+    right: Float[Array, "n2 n2"] | None = None
+
+
+@node
+class Hadamard:
+    """x → x (I ⊗ H/√order ⊗ I_inner), orthogonal; channels are `[blocks, order, inner]`.
+
+    `inner` 1 rotates runs of `order` neighbouring channels, `inner` head_dim mixes heads.
+    """
+
+    order: int = static()
+    inner: int = static(default=1)
+
+    def __post_init__(self):
+        if hadamard_base(self.order) is None:
+            raise ValueError(no_hadamard(self.order))
+
+
+Transform = Diag | Kron | Hadamard
+
+
+@functools.singledispatch
+def transform(t: Transform, x: Float[Array, "*dims channels"]) -> Float[Array, "*dims channels"]:
+    """`x T` in the dtype of `x`.
+
+    Raises:
+      ValueError: the transform is not for so many channels.
+    """
+    raise TypeError(f"{type(t).__name__} is no transform")
+
+
+@transform.register
+def _(t: Diag, x: Array) -> Array:
+    return (x.astype(jnp.float32) * t.scale).astype(x.dtype)
+
+
+@transform.register
+def _(t: Kron, x: Array) -> Array:
+    return kron_matmul(x, t.left, t.right)
+
+
+@transform.register
+def _(t: Hadamard, x: Array) -> Array:
+    run = t.order * t.inner
+    if x.shape[-1] % run:
+        raise ValueError(f"{x.shape[-1]} channels are not whole runs of {t.order}·{t.inner}")
+    y = x.reshape(*x.shape[:-1], -1, run)
+    inner = run
+    for factor in _factors(t.order):
+        # The factor's axis stands before `inner` channels, whatever stands before it.
+        inner //= len(factor)
+        part = jnp.asarray(factor / np.sqrt(len(factor)), jnp.float32)
+        left, right = (part, None) if inner > 1 else (None, part)
+        rows = y.reshape(*x.shape[:-1], -1, len(factor) * inner)
+        y = kron_matmul(rows, left, right)
+    return y.reshape(x.shape)
+
+
+@functools.singledispatch
+def inverse_transpose(t: Transform) -> Transform:
+    """T⁻ᵀ as a transform: `transform(t, x) · transform(inverse_transpose(t), w) = x · w`."""
+    raise TypeError(f"{type(t).__name__} is no transform")
+
+
+@inverse_transpose.register
+def _(t: Diag) -> Diag:
+    return Diag(1.0 / t.scale)
+
+
+@inverse_transpose.register
+def _(t: Kron) -> Kron:
+    invert = lambda m: None if m is None else jnp.linalg.inv(m).T  # noqa: E731
+    return Kron(invert(t.left), invert(t.right))
+
+
+@inverse_transpose.register
+def _(t: Hadamard) -> Hadamard:
+    return t
+
+
+def transform_rows(
+    t: Transform, w: Float[Array, "in_ch out_ch"], inverse: Transform | None = None
+) -> Float[Array, "in_ch out_ch"]:
+    """T⁻¹ W; `inverse` is T⁻ᵀ where the caller has it at hand."""
+    inverse = inverse_transpose(t) if inverse is None else inverse
+    return transform(inverse, w.T).T
+
+
+def transform_columns(
+    t: Transform, w: Float[Array, "*in_ch out_ch"]
+) -> Float[Array, "*in_ch out_ch"]:
+    """W T, also for a bias."""
+    return transform(t, w)
+
+
+def _factors(order: int) -> list[np.ndarray]:
+    """Small Hadamard matrices whose Kronecker product is `hadamard_matrix(order)`."""
+    base = hadamard_base(order)
+    factors = [] if base == 1 else [hadamard_matrix(base)]
+    rest = order // base
+    while rest > 1:
+        part = min(rest, DENSE)
+        factors.append(hadamard_matrix(part))
+        rest //= part
+    return factors

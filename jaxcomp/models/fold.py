@@ -1,0 +1,151 @@
+"""Exact changes of a block: move scales and transforms between a site, its producer, its consumers.
+
+Every function returns a block that computes what the given one computes. Arithmetic is float32;
+results have the dtype they were stored in.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxcomp.core.linear import Linear
+from jaxcomp.core.quantize import QTensor
+from jaxcomp.core.site import Site
+from jaxcomp.core.transforms import (
+    Diag,
+    Transform,
+    inverse_transpose,
+    transform,
+    transform_columns,
+    transform_rows,
+)
+from jaxcomp.core.tree import get_at, replace_at
+from jaxcomp.models.anatomy import anatomy
+from jaxcomp.models.attention import GQA
+from jaxcomp.models.decoder import Block
+from jaxcomp.models.layers import RMSNorm
+
+
+def fold_scale(block: Block, site: str, scale: Float[Array, " channels"]) -> Block:
+    """Multiplies the site's activation by `scale` in its producer and divides it out again.
+
+    Args:
+      scale: finite and not 0; where value heads are repeated at the site, equal over the repeats.
+
+    Raises:
+      ValueError: nothing before the site can absorb a scale, or a weight is quantized already.
+    """
+    part = anatomy(block)[site]
+    if part.producer is None:
+        raise ValueError(f"the anatomy has nothing before {site} that could absorb a scale")
+    per_producer = scale
+    if part.repeats > 1:
+        head_dim = block.attn.head_dim
+        heads = scale.reshape(-1, part.repeats, head_dim)
+        per_producer = heads[:, 0].reshape(-1)
+    producer = get_at(block, part.producer)
+    block = replace_at(block, part.producer, scale_output(producer, per_producer, part.producer))
+    return absorb(block, site, Diag(scale))
+
+
+def scale_output(
+    producer: RMSNorm | Linear, scale: Float[Array, " channels"], where: str = "the producer"
+) -> RMSNorm | Linear:
+    """The node with each output channel multiplied by its scale."""
+    if isinstance(producer, RMSNorm):
+        weight = (producer.offset + _float32(producer.weight)) * scale - producer.offset
+        return producer.replace(weight=weight.astype(producer.weight.dtype))
+    check_dense(producer, where)
+    w, b = producer.w, producer.b
+    scaled = (_float32(w) * scale).astype(w.dtype)
+    return Linear(scaled, None if b is None else (_float32(b) * scale).astype(b.dtype))
+
+
+def absorb(block: Block, site: str, t: Transform, inverse: Transform | None = None) -> Block:
+    """Every consumer of the site gets T⁻¹ in front; the site must come to give x T by other means.
+
+    Args:
+      inverse: T⁻ᵀ where the caller has it at hand.
+    """
+    inverse = inverse_transpose(t) if inverse is None else inverse
+    for path in anatomy(block)[site].consumers:
+        p = get_at(block, path)
+        check_dense(p, path)
+        w = transform_rows(t, _float32(p.w), inverse).astype(p.w.dtype)
+        block = replace_at(block, f"{path}.w", w)
+    return block
+
+
+def insert_online(block: Block, site: str, t: Transform, inverse: Transform | None = None) -> Block:
+    """Puts `t` at the site, after what is there and online, and T⁻¹ into the consumers."""
+    return append_transform(absorb(block, site, t, inverse), site, t)
+
+
+def rotate_keys(block: Block, t: Transform, inverse: Transform | None = None) -> Block:
+    """Keys become k T and queries q T⁻ᵀ, per head and after RoPE; every score stays what it was."""
+    inverse = inverse_transpose(t) if inverse is None else inverse
+    return append_transform(append_transform(block, "k_cache", t), "query", inverse)
+
+
+def rotate_values(block: Block, t: Transform, inverse: Transform | None = None) -> Block:
+    """Values become v T per head, inside `attn.v`, and `attn.o` reads them through T⁻¹.
+
+    `t` is for head_dim channels. The site `attn_out` sees the transformed values.
+    """
+    attn = block.attn
+    assert isinstance(attn, GQA)
+    check_dense(attn.v, "attn.v")
+    check_dense(attn.o, "attn.o")
+    inverse = inverse_transpose(t) if inverse is None else inverse
+    dim = attn.head_dim
+    # [in_ch, heads · head_dim] seen as rows of head_dim.
+    columns = lambda w: transform_columns(t, w.reshape(-1, dim)).reshape(w.shape)  # noqa: E731
+    v = attn.v.replace(
+        w=columns(_float32(attn.v.w)).astype(attn.v.w.dtype),
+        b=None if attn.v.b is None else columns(_float32(attn.v.b)).astype(attn.v.b.dtype),
+    )
+    rows = _float32(attn.o.w).T
+    o = transform(inverse, rows.reshape(-1, dim)).reshape(rows.shape).T
+    o = attn.o.replace(w=o.astype(attn.o.w.dtype))
+    return block.replace(attn=attn.replace(v=v, o=o))
+
+
+def fold_norm(block: Block, site: str) -> Block:
+    """Moves the weight of the norm before a site into the site's consumers; the norm keeps ones.
+
+    A block without such a norm is returned as it is.
+    """
+    part = anatomy(block)[site]
+    norm = None if part.producer is None else get_at(block, part.producer)
+    if not isinstance(norm, RMSNorm):
+        return block
+    weight = norm.offset + _float32(norm.weight)
+    for path in part.consumers:
+        p = get_at(block, path)
+        check_dense(p, path)
+        block = replace_at(block, f"{path}.w", (_float32(p.w) * weight[:, None]).astype(p.w.dtype))
+    return replace_at(block, f"{part.producer}.weight", jnp.full_like(norm.weight, 1 - norm.offset))
+
+
+def append_transform(block: Block, site: str, t: Transform) -> Block:
+    """The block with one more transform at a site; nothing makes up for it."""
+    old = block.sites.get(site, Site())
+    new = old.replace(transforms=(*old.transforms, t))
+    return block.replace(sites={**block.sites, site: new})
+
+
+def check_dense(p: Linear, path: str) -> None:
+    """Refuses a weight that is quantized: folding into codes would not be exact.
+
+    Raises:
+      ValueError: names the linear and the bits.
+    """
+    if isinstance(p.w, QTensor):
+        raise ValueError(
+            f"{path} is already quantized to {p.w.bits} bits and can absorb nothing; "
+            "put the step that transforms the model before the one that quantizes it"
+        )
+
+
+def _float32(a: Array | np.ndarray) -> Array:
+    return jnp.asarray(a, jnp.float32)
