@@ -1,4 +1,7 @@
-"""Codes as bytes: a little-endian bit stream along the reduction axis.
+"""Codes as bytes: a little-endian bit stream along one axis.
+
+Weights are packed along the reduction axis (`pack`), rows of a cache along their last axis
+(`pack_rows`), so that a new row never rewrites a byte of another.
 
 Code `i` (two's complement, `bits` wide) occupies bits `i*bits .. (i+1)*bits - 1` of its column's
 stream, lowest bits first. With 4 bits a byte therefore holds row 2i in its low nibble and row 2i+1
@@ -69,3 +72,15 @@ def unpack(
         out.append(jax.lax.bitcast_convert_type(top, jnp.int8) >> (8 - bits))
     codes = jnp.stack(out, axis=-2).reshape(*batch, -1, cols)
     return codes[..., :in_ch, :]
+
+
+def pack_rows(codes: Int8[Array, "*rows channels"], bits: int) -> UInt8[Array, "*rows bytes"]:
+    """`pack` along the last axis: every row is a bit stream of its own, in whole bytes."""
+    return pack(codes[..., None], bits)[..., 0]
+
+
+def unpack_rows(
+    packed: UInt8[Array, "*rows bytes"], bits: int, channels: int
+) -> Int8[Array, "*rows channels"]:
+    """The inverse of `pack_rows`."""
+    return unpack(packed[..., None], bits, channels)[..., 0]

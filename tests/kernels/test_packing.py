@@ -64,6 +64,15 @@ def test_leading_axes_are_independent(bits):
     np.testing.assert_array_equal(unpack(packed, bits=bits, in_ch=11), codes)
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_rows_are_streams_of_their_own_in_whole_bytes(bits):
+    codes = random_codes((2, 3, 11), bits)
+    packed = np.asarray(packing.pack_rows(codes, bits))
+    assert packed.shape == (2, 3, packed_rows(11, bits))
+    assert packed[1, 2].tolist() == bit_stream(codes[1, 2], bits)
+    np.testing.assert_array_equal(packing.unpack_rows(packed, bits, 11), codes)
+
+
 @pytest.mark.parametrize("bits", [3, 5, 7])
 def test_the_last_byte_is_filled_with_zero_bits(bits):
     packed = np.asarray(pack(np.full((3, 1), -1, np.int8), bits))
