@@ -31,6 +31,17 @@ class Override:
             if bits is not None and not (bits == 16 or 2 <= bits <= 8):
                 raise ValueError(f"{name}={bits} is outside 2..8 and not 16, which means off")
 
+    def holds_in(self, block: int, n_blocks: int) -> bool:
+        """Whether block number `block` of `n_blocks` is one of its blocks."""
+        return not self.blocks or block in self.blocks or block - n_blocks in self.blocks
+
+
+def in_block(overrides: tuple[Override, ...], block: int, n_blocks: int) -> tuple[Override, ...]:
+    """The exceptions that hold in one block, as exceptions for any block."""
+    return tuple(
+        dataclasses.replace(rule, blocks=()) for rule in overrides if rule.holds_in(block, n_blocks)
+    )
+
 
 @static_value
 class Scheme:
@@ -49,17 +60,30 @@ class Scheme:
     v: QuantSpec | None = None
     overrides: tuple[Override, ...] = ()
 
+    def check(self, n_blocks: int) -> None:
+        """Refuses an exception for a block that a model of `n_blocks` blocks does not have.
+
+        Raises:
+          ValueError: names the block and the blocks there are.
+        """
+        for rule in self.overrides:
+            if absent := [b for b in rule.blocks if not -n_blocks <= b < n_blocks]:
+                raise ValueError(
+                    f"an override is for block {absent[0]}, and the model has {n_blocks} blocks: "
+                    f"0..{n_blocks - 1}, or -{n_blocks}..-1 from the end"
+                )
+
     def at(self, site: str, block: int, n_blocks: int) -> "Scheme":
         """The grids at one site of one block, without exceptions."""
-        grids = Scheme(self.weight, self.act, self.k, self.v)
-        for rule in self.overrides:
-            here = {b % n_blocks for b in rule.blocks if -n_blocks <= b < n_blocks}
-            if (rule.sites and site not in rule.sites) or (rule.blocks and block not in here):
+        widths: dict[str, int] = {}
+        for rule in in_block(self.overrides, block, n_blocks):
+            if rule.sites and site not in rule.sites:
                 continue
             bits = dict(weight=rule.weight_bits, act=rule.act_bits, k=rule.kv_bits, v=rule.kv_bits)
-            for name, width in bits.items():
-                grid = getattr(grids, name)
-                if width is not None and grid is not None:
-                    new = None if width == 16 else dataclasses.replace(grid, bits=width)
-                    grids = dataclasses.replace(grids, **{name: new})
-        return grids
+            widths |= {name: width for name, width in bits.items() if width is not None}
+        grids = {name: getattr(self, name) for name in ("weight", "act", "k", "v")}
+        for name, width in widths.items():
+            if grids[name] is not None:
+                off = width == 16
+                grids[name] = None if off else dataclasses.replace(grids[name], bits=width)
+        return Scheme(**grids)
