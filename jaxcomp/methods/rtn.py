@@ -1,9 +1,13 @@
-"""RTN: round every weight to the nearest code of its group's grid. Needs no data.
+"""RTN: round every weight to the nearest code of its group's grid. Weights need no data.
 
-Also the plainest way to quantize activations and the KV cache: a dynamic quantizer at each site,
-measured at run time, whatever made the weights.
+Also the plainest way to quantize activations and the KV cache, whatever made the weights: a
+quantizer at each site, with its range measured at run time (dynamic) or on calibration text
+(static). A static range is that of the block with its weights rounded, in two forms: one for a
+whole activation, or one for each channel of each key head ("channel"), which is how keys with
+outlier channels are usually held.
 
-Source: Jacob et al., arXiv 1712.05877; the clip search is `jaxcomp.solvers.clipping`.
+Source: Jacob et al., arXiv 1712.05877; the clip search is `jaxcomp.solvers.clipping`; fixed clip
+ratios as in QuaRot, arXiv 2404.00456 (0.9 for activations, 0.95 for the cache).
 """
 
 import dataclasses
@@ -11,16 +15,33 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from jaxcomp.calibrate.capture import capture, capture_batch
 from jaxcomp.calibrate.plan import BlockPlan, Program, tree_bytes
+from jaxcomp.calibrate.stats import Range, range_init, range_update
 from jaxcomp.calibrate.stream import BlockStep, Calibration, Metrics, Result, Run, blockwise
 from jaxcomp.core.metrics import relative_error
-from jaxcomp.core.quantize import QTensor, QuantSpec, dequantize, fit_range, quantize_with
+from jaxcomp.core.quantize import (
+    QTensor,
+    QuantSpec,
+    dequantize,
+    fit_range,
+    quantize_with,
+    range_to_grid,
+)
+from jaxcomp.core.scheme import Override, Scheme, in_block
 from jaxcomp.core.site import ActQuantizer, Site
 from jaxcomp.core.tree import get_at, replace_at
 from jaxcomp.models.anatomy import anatomy, check_grid
 from jaxcomp.models.decoder import Block, Decoder
+from jaxcomp.models.stream import block_step
 from jaxcomp.solvers.clipping import search_range
+
+CACHE_SITES = ("k_cache", "v_cache")
+# What may share a range, dynamic or not.
+ACT_GRIDS = (("token", True), ("tensor", True), ("tensor", False))
+CACHE_GRIDS = (("head", True), ("tensor", True), ("tensor", False), ("channel", False))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,60 +49,171 @@ class RTN:
     """Settings of round-to-nearest.
 
     Attributes:
-      weight: grid of every linear in the blocks; None leaves the weights as they are.
-      act: dynamic grid of the linears' inputs; None leaves them alone.
-      kv: dynamic grid of the cached keys and values; None leaves them alone.
-      clip: search each group's range instead of taking min and max.
+      weight: grid of every linear in the blocks; None leaves the weights as they are, and so are
+        weights that are quantized already.
+      act: grid of the linears' inputs, per token or per tensor; None leaves them alone.
+      kv: grid of the cached keys and values: "head" is one range for each token and head.
+      k, v: grids of the keys and of the values where they differ from `kv`.
+      clip: search each weight group's range instead of taking min and max.
+      act_clip, kv_clip: share of the range that is kept, in (0, 1]; what is beyond saturates.
+      overrides: other widths at some sites of some blocks.
     """
 
     weight: QuantSpec | None = QuantSpec(bits=4)
     act: QuantSpec | None = None
     kv: QuantSpec | None = None
+    k: QuantSpec | None = None
+    v: QuantSpec | None = None
     clip: bool = False
+    act_clip: float = 1.0
+    kv_clip: float = 1.0
+    overrides: tuple[Override, ...] = ()
 
     def __post_init__(self):
-        for name, spec in (("act", self.act), ("kv", self.kv)):
-            if spec is not None and not spec.dynamic:
+        for name, grids in (("act", ACT_GRIDS), *((n, CACHE_GRIDS) for n in ("kv", "k", "v"))):
+            _check_site_grid(name, getattr(self, name), grids)
+        for name in ("act_clip", "kv_clip"):
+            if not 0 < getattr(self, name) <= 1:
                 raise ValueError(
-                    f"{name}={spec} is static, and RTN sees no data to fix its range; "
-                    "use QuantSpec(…, granularity='token' or 'head', dynamic=True)"
+                    f"{name}={getattr(self, name)} is outside (0, 1]; 1.0 keeps the whole range"
                 )
+
+    @property
+    def scheme(self) -> Scheme:
+        """The grids of the whole model."""
+        return Scheme(self.weight, self.act, self.k or self.kv, self.v or self.kv, self.overrides)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether some range has to be measured on calibration text."""
+        grids = (self.scheme.act, self.scheme.k, self.scheme.v)
+        return any(spec is not None and not spec.dynamic for spec in grids)
 
     def __call__(
         self, model: Decoder, calib: Calibration | None = None, run: Run = Run()
     ) -> Result:
         self.check(model)
-        return blockwise("RTN", model, calib, functools.partial(round_block, self), None, run)
+
+        def visit(step: BlockStep) -> tuple[Block, Metrics]:
+            here = in_block(self.overrides, step.index, len(model.blocks))
+            return round_block(dataclasses.replace(self, overrides=here), step)
+
+        return blockwise("RTN", model, calib, visit, "compressed" if self.is_static else None, run)
 
     def check(self, model: Decoder) -> None:
         """Raises ValueError where the settings do not fit the model; reads no block."""
+        self.scheme.check(len(model.blocks))
         if self.weight is not None:
             check_grid(model, self.weight)
 
     def plan_block(self, block: Block, hidden: Any, batches: int) -> BlockPlan:
-        """The programs of one block, for a dry run."""
-        programs = []
+        """The programs of one block, for a dry run; exceptions by block are not planned."""
+        programs, rounded = [], block
         for path in anatomy(block).linears if self.weight else ():
             w = get_at(block, path).w
             if not isinstance(w, QTensor):
-                programs.append(Program(_round, (w,), 1, dict(spec=self.weight, clip=self.clip)))
+                static = dict(spec=self.weight, clip=self.clip)
+                programs.append(Program(_round, (w,), 1, static))
+                new, _ = jax.eval_shape(functools.partial(_round, **static), w)
+                rounded = replace_at(rounded, f"{path}.w", new)
+        if self.is_static:
+            grids = site_grids(dataclasses.replace(self, overrides=()), block)
+            states = jax.eval_shape(lambda: _range_init(block, grids))
+            update = dict(update=range_update, stage="transformed")
+            programs.append(Program(capture_batch, (states, rounded, hidden), batches, update))
+            programs.append(Program(block_step, (rounded, hidden), batches))
         return BlockPlan(programs, kept_bytes=tree_bytes(block))
 
 
 def round_block(cfg: RTN, step: BlockStep) -> tuple[Block, Metrics]:
-    """Quantizes one block's weights and puts quantizers at its sites."""
+    """Quantizes one block's weights and puts quantizers at its sites; `cfg` has its overrides."""
     block, metrics = step.block, {}
-    parts = anatomy(block)
-    for path in parts.linears:
-        w = get_at(step.block, path).w
-        if cfg.weight is None or isinstance(w, QTensor):
+    for path, site in anatomy(block).linears.items():
+        spec, w = cfg.scheme.at(site, 0, 1).weight, get_at(block, path).w
+        if cfg.weight is None:
             continue
-        quantized, error = _round(w, spec=cfg.weight, clip=cfg.clip)
-        block = replace_at(block, f"{path}.w", quantized)
-        metrics[path] = {"weight_error": float(error), "bits": cfg.weight.bits}
-    sites = {name: cfg.act for name in parts.sites} | {"k_cache": cfg.kv, "v_cache": cfg.kv}
-    added = {name: Site(ActQuantizer(spec)) for name, spec in sites.items() if spec is not None}
-    return block.replace(sites={**block.sites, **added}), metrics
+        if isinstance(w, QTensor):
+            metrics[path] = {"skipped": f"already quantized to {w.bits} bits"}
+        elif spec is None:
+            metrics[path] = {"skipped": f"an override leaves {site} at 16 bits"}
+        else:
+            quantized, error = _round(w, spec=spec, clip=cfg.clip)
+            block = replace_at(block, f"{path}.w", quantized)
+            metrics[path] = {"weight_error": float(error), "bits": spec.bits}
+    grids = site_grids(cfg, block)
+    dynamic = {name: spec for name, spec in grids.items() if spec.dynamic}
+    for name, spec in dynamic.items():
+        clip = _clip_ratio(cfg, name)
+        factors = None if clip == 1 else jnp.full(2, clip, jnp.float32)
+        block = put_quantizer(block, name, ActQuantizer(spec, clip=factors))
+    static = {name: spec for name, spec in grids.items() if name not in dynamic}
+    ranges = measure_ranges(block, static, step) if static else {}
+    for name, (low, high) in ranges.items():
+        clip, spec = _clip_ratio(cfg, name), static[name]
+        grid = range_to_grid(low * clip, high * clip, spec)
+        block = put_quantizer(block, name, ActQuantizer(spec, *grid))
+    return block, metrics
+
+
+def site_grids(cfg: RTN, block: Block) -> dict[str, QuantSpec]:
+    """Site → grid, for the sites of a block that get a quantizer."""
+    grids = {name: cfg.scheme.at(name, 0, 1).act for name in anatomy(block).sites}
+    for name, which in (("k_cache", "k"), ("v_cache", "v")):
+        grids[name] = getattr(cfg.scheme.at(name, 0, 1), which)
+    return {name: spec for name, spec in grids.items() if spec is not None}
+
+
+def put_quantizer(block: Block, name: str, quantizer: ActQuantizer) -> Block:
+    """The block with another quantizer at a site; the site's transforms stay."""
+    site = block.sites.get(name, Site()).replace(quantizer=quantizer)
+    return block.replace(sites={**block.sites, name: site})
+
+
+def measure_ranges(block: Block, grids: dict[str, QuantSpec], step: BlockStep) -> dict[str, Range]:
+    """Site → least and greatest value on the calibration text, in the shape its grid shares."""
+    states = capture(block, step.hidden, _range_init(block, grids), range_update, "transformed")
+    found = {}
+    for name, state in states.items():
+        if not all(bool(jnp.isfinite(edge).all()) for edge in state):
+            raise ValueError(
+                f"block {step.index}, site {name}: the activations hold NaN or infinity; "
+                "evaluate the model first, its own output is affected"
+            )
+        whole = grids[name].granularity == "tensor"
+        found[name] = Range(jnp.min(state.low), jnp.max(state.high)) if whole else state
+    return found
+
+
+def _range_init(block: Block, grids: dict[str, QuantSpec]) -> dict[str, Range]:
+    parts, states = anatomy(block).sites, {}
+    for name, spec in grids.items():
+        if spec.dynamic:
+            continue
+        if name in CACHE_SITES:
+            states[name] = range_init(block.attn.n_kv_heads, block.attn.head_dim)
+        else:
+            states[name] = range_init(get_at(block, parts[name].consumers[0]).w.shape[-2])
+    return states
+
+
+def _clip_ratio(cfg: RTN, site: str) -> float:
+    return cfg.kv_clip if site in CACHE_SITES else cfg.act_clip
+
+
+def _check_site_grid(name: str, spec: QuantSpec | None, grids: tuple) -> None:
+    """Refuses a grid that an activation cannot have."""
+    if spec is None:
+        return
+    if spec.group_size is not None:
+        raise ValueError(
+            f"{name} has group_size={spec.group_size}, and only weights have groups; in the cache "
+            "granularity='head' is one range for each token and head_dim channels"
+        )
+    if (spec.granularity, spec.dynamic) not in grids:
+        ways = ", ".join(f"granularity={g!r} with dynamic={d}" for g, d in grids)
+        raise ValueError(
+            f"{name} has granularity={spec.granularity!r} with dynamic={spec.dynamic}; use {ways}"
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "clip"))
