@@ -9,6 +9,7 @@ import numpy as np
 
 NUMERIC = (
     "pallas_kernels",
+    "jaxcomp.core.activation",
     "jaxcomp.core.linear",
     "jaxcomp.core.quantize",
     "jaxcomp.core.site",

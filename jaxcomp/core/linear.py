@@ -5,9 +5,10 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxcomp.core.activation import QActivation
 from jaxcomp.core.quantize import QTensor
 from jaxcomp.core.struct import node
-from pallas_kernels import quant_matmul
+from pallas_kernels import quant_matmul, quant_matmul_int
 
 
 @node
@@ -19,18 +20,33 @@ class Linear:
 
 
 def linear(
-    p: Linear, x: Float[Array, "*tokens in_ch"], dtype: Any = None
+    p: Linear, x: Float[Array, "*tokens in_ch"] | QActivation, dtype: Any = None
 ) -> Float[Array, "*tokens out_ch"]:
-    """`x @ w + b` in `dtype`, by default that of `x`; accumulated in float32.
+    """`x @ w + b` in `dtype`, by default that of `x`; accumulated in float32, codes in int32.
 
     The weight keeps its stored dtype and is cast inside the product. `preferred_element_type` is
     not only for accuracy: with it XLA's CPU backend uses the processor's bfloat16 matrix units,
     without it the product is computed in float32 after all.
+
+    Raises:
+      ValueError: `x` is codes and the weight is not, or has groups too long for an int32 sum.
     """
-    if isinstance(p.w, QTensor):
+    if isinstance(x, QActivation):
+        y = _integer_product(p.w, x)
+    elif isinstance(p.w, QTensor):
         y = quant_matmul(x, p.w.packed, p.w.scale, p.w.zero_point, p.w.bits, jnp.float32)
     else:
         y = jnp.matmul(x, p.w.astype(x.dtype), preferred_element_type=jnp.float32)
     if p.b is not None:
         y = y + p.b.astype(jnp.float32)
     return y.astype(dtype or x.dtype)
+
+
+def _integer_product(w: Array | QTensor, x: QActivation) -> Float[Array, "*tokens out_ch"]:
+    if not isinstance(w, QTensor):
+        raise ValueError(
+            f"the activation is codes and the weight {w.shape} is dense; "
+            "quantize it, or leave `integer` of the site's quantizer off"
+        )
+    scale, zero = (None if a is None else jnp.atleast_1d(a) for a in (x.scale, x.zero_point))
+    return quant_matmul_int(x.codes, scale, zero, w.packed, w.scale, w.zero_point, w.bits)

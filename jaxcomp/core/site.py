@@ -2,12 +2,16 @@
 
 A block calls `x = tap("ffn_in", x)` at each site. The default tap enters the block's `Site`;
 calibration uses another tap that also records. There are no hooks and nothing is patched.
+
+A quantized activation is a float on its grid (simulation) or, where the quantizer says `integer`,
+a `QActivation` of codes; both stand for the same numbers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from jaxtyping import Array, Float
 
+from jaxcomp.core.activation import QActivation, activation_grid, as_float, quantize_activation
 from jaxcomp.core.quantize import QuantSpec, fake_quantize, fake_quantize_with
 from jaxcomp.core.struct import node, static
 from jaxcomp.core.transforms import Transform, transform
@@ -22,24 +26,27 @@ CONSUMER_SITES = {
     "ffn.up": "up_in",
 }
 
-Tap = Callable[[str, Array], Array]
+Tap = Callable[[str, Array | QActivation], Array | QActivation]
 
 
 @node
 class ActQuantizer:
-    """Quantizes an activation in simulation: rounds to the grid, stays in the float dtype.
+    """Quantizes an activation.
 
     Attributes:
       scale, zero_point: the calibrated grid of a static spec, broadcasting against the activation;
         None when `spec.dynamic`.
       clip: factors in (0, 1] of the least and the greatest value of a dynamic range, float32 `[2]`;
         None for the whole range.
+      integer: give codes (a `QActivation`) to the linears behind the site, which then sum in
+        integers; by default the activation is rounded to the grid and stays in its float dtype.
     """
 
     spec: QuantSpec = static()
     scale: Array | None = None
     zero_point: Array | None = None
     clip: Float[Array, "2"] | None = None
+    integer: bool = static(default=False)
 
 
 @node
@@ -50,28 +57,56 @@ class Site:
     transforms: tuple[Transform, ...] = ()
 
 
-def enter_site(site: Site, x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
+def enter_site(
+    site: Site, x: Float[Array, "*dims"] | QActivation
+) -> Float[Array, "*dims"] | QActivation:
     """The activation as its consumers see it; same shape and dtype."""
     return quantize_site(site, transform_site(site, x))
 
 
-def transform_site(site: Site, x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
+def transform_site(
+    site: Site, x: Float[Array, "*dims"] | QActivation
+) -> Float[Array, "*dims"] | QActivation:
     """`x` after the site's transforms."""
     for t in site.transforms:
-        x = transform(t, x)
+        x = transform(t, as_float(x))
     return x
 
 
-def quantize_site(site: Site, x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
+def quantize_site(
+    site: Site, x: Float[Array, "*dims"] | QActivation
+) -> Float[Array, "*dims"] | QActivation:
     """The transformed `x` after the site's quantizer."""
     q = site.quantizer
     if q is None:
         return x
+    if q.integer:
+        return codes_of(q, x)
+    x = as_float(x)
     if q.spec.dynamic:
         return fake_quantize(x, q.spec, q.clip)
     return fake_quantize_with(x, q.scale, q.zero_point, q.spec)
 
 
-def site_tap(sites: Mapping[str, Site]) -> Tap:
-    """The default tap of a block: enters the block's own sites."""
-    return lambda name, x: enter_site(sites[name], x) if name in sites else x
+def codes_of(q: ActQuantizer, x: Float[Array, "*dims"] | QActivation) -> QActivation:
+    """The codes of `x`, whatever the execution; `as_float` of them is the simulated activation."""
+    x = as_float(x)
+    grid = activation_grid(x, q.spec, q.clip) if q.spec.dynamic else (q.scale, q.zero_point)
+    return quantize_activation(x, *grid, q.spec)
+
+
+def site_tap(sites: Mapping[str, Site], as_codes: Collection[str] = ()) -> Tap:
+    """The default tap of a block: enters the block's own sites.
+
+    Args:
+      as_codes: sites with a quantizer whose codes are wanted in any execution, to be stored.
+    """
+
+    def tap(name: str, x: Array | QActivation) -> Array | QActivation:
+        if name not in sites:
+            return x
+        if name in as_codes:
+            return codes_of(sites[name].quantizer, transform_site(sites[name], x))
+        return enter_site(sites[name], x)
+
+    return tap

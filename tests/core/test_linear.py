@@ -3,8 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxcomp.core.activation import as_float
 from jaxcomp.core.linear import Linear, linear
 from jaxcomp.core.quantize import QuantSpec, dequantize, quantize
+from jaxcomp.core.site import ActQuantizer, codes_of
 
 IN, OUT = 24, 6
 
@@ -57,3 +59,28 @@ def test_the_weight_keeps_its_stored_dtype_and_gradients_reach_the_input():
     grad = jax.grad(lambda x: linear(p, x).sum())(x)
     expected = np.broadcast_to(np.asarray(dequantize(p.w)).sum(1), x.shape)
     np.testing.assert_allclose(grad, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("group", [None, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_codes_times_codes_are_the_product_of_the_simulated_activation(symmetric, group, dtype):
+    w, b, x = arrays()
+    p = Linear(quantize(w, QuantSpec(4, group_size=group, symmetric=symmetric)), b)
+    spec = QuantSpec(8, granularity="token", symmetric=symmetric, dynamic=True)
+    codes = codes_of(ActQuantizer(spec), x.astype(dtype))
+    y = linear(p, codes)
+    expected = linear(p, as_float(codes.replace(dtype=jnp.dtype("float32"))))
+    assert y.dtype == dtype
+    tolerance = 1e-5 if dtype == "float32" else 2**-8
+    np.testing.assert_allclose(
+        y.astype("float32"), expected, atol=tolerance * np.abs(expected).max()
+    )
+    assert linear(p, codes, jnp.float32).dtype == jnp.float32
+
+
+def test_codes_times_a_dense_weight_are_refused():
+    w, b, x = arrays()
+    codes = codes_of(ActQuantizer(QuantSpec(8, granularity="token", dynamic=True)), x)
+    with pytest.raises(ValueError, match=r"\(24, 6\) is dense; quantize it"):
+        linear(Linear(w, b), codes)

@@ -3,8 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxcomp.core.activation import QActivation, as_float
 from jaxcomp.core.quantize import QuantSpec, fake_quantize, range_to_grid
 from jaxcomp.core.site import CONSUMER_SITES, SITES, ActQuantizer, Site, enter_site, site_tap
+from jaxcomp.core.transforms import Diag
 from jaxcomp.models.attention import plain_context
 from jaxcomp.models.decoder import block_forward
 from tests import tiny
@@ -57,3 +59,33 @@ def test_what_a_site_does_reaches_the_output(site):
     fine = block.replace(sites={site: Site(ActQuantizer(fine_spec))})
     far, near = (np.abs(block_forward(b, x, ctx) - plain).max() for b in (coarse, fine))
     assert 0 < near < far / 4
+
+
+QUANTIZERS = {
+    "token": ActQuantizer(TOKEN4, clip=jnp.array([0.9, 0.7])),
+    "asymmetric": ActQuantizer(QuantSpec(3, granularity="token", symmetric=False, dynamic=True)),
+    "whole": ActQuantizer(QuantSpec(8, granularity="tensor", dynamic=True)),
+    "static": ActQuantizer(
+        QuantSpec(8, granularity="tensor", symmetric=False), jnp.float32(0.02), jnp.int8(-3)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_codes_stand_for_the_simulated_activation_token_by_token(name, x):
+    simulated = Site(QUANTIZERS[name], (Diag(jnp.arange(1.0, 9.0)),))
+    integer = simulated.replace(quantizer=QUANTIZERS[name].replace(integer=True))
+    codes, expected = enter_site(integer, x), enter_site(simulated, x)
+    assert isinstance(codes, QActivation) and codes.shape == x.shape and codes.dtype == x.dtype
+    np.testing.assert_array_equal(as_float(codes), expected)
+    np.testing.assert_array_equal(as_float(codes[:, 2:4]), expected[:, 2:4])
+    stored = site_tap({"v_cache": simulated}, as_codes=("v_cache",))("v_cache", x)
+    np.testing.assert_array_equal(stored.codes, codes.codes)
+
+
+def test_a_consumer_that_changes_codes_of_a_shared_site_sees_their_value(x):
+    shared = Site(ActQuantizer(TOKEN4, integer=True))
+    own = Site(QUANTIZERS["asymmetric"], (Diag(jnp.arange(1.0, 9.0)),))
+    found = enter_site(own, enter_site(shared, x))
+    np.testing.assert_array_equal(found, enter_site(own, fake_quantize(x, TOKEN4)))
+    assert enter_site(Site(), enter_site(shared, x)).bits == 4
