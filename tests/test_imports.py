@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "jaxcomp.core.linear": ("jaxcomp.core", "pallas_kernels"),
     "jaxcomp.core.transforms": ("jaxcomp.core", "pallas_kernels"),
     "jaxcomp.solvers": ("jaxcomp.core", "pallas_kernels.packing"),
-    "jaxcomp.kv": ("jaxcomp.core",),
+    "jaxcomp.kv": ("jaxcomp.core", "pallas_kernels.packing"),
     "jaxcomp.models": ("jaxcomp.core", "jaxcomp.kv"),
     "jaxcomp.hub": ("jaxcomp.models", "jaxcomp.core"),
     "jaxcomp.data": (),

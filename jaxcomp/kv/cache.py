@@ -1,24 +1,50 @@
-"""The plain KV cache: every key and value, in the compute dtype.
+"""The KV cache: every key and value, in the compute dtype or as packed codes.
 
-Layout `[batch, kv_head, time, head_dim]`. Slots are filled in order; `positions` and `valid` are
-shared by all blocks and say which token sits in which slot, so padding on either side works.
+Layout `[batch, kv_head, time, …]`. Slots are filled in order; `positions` and `valid` are shared by
+all blocks and say which token sits in which slot, so padding on either side works.
+
+Who stores, quantizes: where a block's site `k_cache` or `v_cache` has a quantizer, the codes that
+the site gives are what is kept, and attention reads `(q − z)·s`, the number that simulation rounds
+to. K and V may differ in form and width.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int8, UInt8
 
-from jaxcomp.core.struct import node
+from jaxcomp.core.activation import QActivation, as_float
+from jaxcomp.core.quantize import QuantSpec
+from jaxcomp.core.struct import node, static
+from pallas_kernels.packing import pack_rows, packed_rows, unpack_rows
+
+
+@node
+class PackedRows:
+    """Keys or values of one block as codes; a row is what one head has of one token.
+
+    A row takes ceil(head_dim · bits / 8) bytes, and on a dynamic grid 4 for its scale and 1 for its
+    zero point. A static grid is the site's; nothing of it is kept here.
+
+    Attributes:
+      packed: codes, each row a little-endian bit stream (`pallas_kernels.packing.pack_rows`).
+      scale, zero_point: the grid of each row, float32 and int8; None when static or symmetric.
+    """
+
+    packed: UInt8[Array, "batch kv_head capacity bytes"]
+    scale: Float[Array, "batch kv_head capacity 1"] | None = None
+    zero_point: Int8[Array, "batch kv_head capacity 1"] | None = None
+    bits: int = static(default=8)
+    head_dim: int = static(default=64)
 
 
 @node
 class LayerCache:
     """Keys (after RoPE) and values of one block."""
 
-    k: Float[Array, "batch kv_head capacity head_dim"]
-    v: Float[Array, "batch kv_head capacity head_dim"]
+    k: Float[Array, "batch kv_head capacity head_dim"] | PackedRows
+    v: Float[Array, "batch kv_head capacity head_dim"] | PackedRows
 
 
 @node
@@ -38,12 +64,8 @@ class Cache:
     length: Int[Array, ""]
 
 
-def init_cache(shapes: tuple[tuple[int, int], ...], batch: int, capacity: int, dtype: Any) -> Cache:
-    """An empty cache; `shapes` gives (n_kv_heads, head_dim) of each block."""
-    layers = tuple(
-        LayerCache(*(jnp.zeros((batch, heads, capacity, dim), dtype) for _ in "kv"))
-        for heads, dim in shapes
-    )
+def init_cache(layers: tuple[LayerCache, ...], batch: int, capacity: int) -> Cache:
+    """A cache of empty layers in which no slot is filled."""
     return Cache(
         layers,
         jnp.zeros((batch, capacity), jnp.int32),
@@ -52,16 +74,73 @@ def init_cache(shapes: tuple[tuple[int, int], ...], batch: int, capacity: int, d
     )
 
 
+def empty_rows(
+    spec: QuantSpec | None, shape: tuple[int, int, int, int], dtype: Any
+) -> Float[Array, "batch kv_head capacity head_dim"] | PackedRows:
+    """Room for rows of `shape` in `dtype`, or on the grid `spec` where it is given.
+
+    Raises:
+      ValueError: the grid's range would be that of all tokens of a call.
+    """
+    if spec is None:
+        return jnp.zeros(shape, dtype)
+    if spec.dynamic and spec.granularity == "tensor":
+        raise ValueError(
+            f"{spec} at a cache is dynamic over all tokens, but a cache grows call by call; "
+            "use granularity='head' for a range per token and head, or a static range"
+        )
+    *rows, head_dim = shape
+    grid = lambda wanted, dtype: jnp.zeros((*rows, 1), dtype) if wanted else None  # noqa: E731
+    return PackedRows(
+        jnp.zeros((*rows, packed_rows(head_dim, spec.bits)), jnp.uint8),
+        grid(spec.dynamic, jnp.float32),
+        grid(spec.dynamic and not spec.symmetric, jnp.int8),
+        spec.bits,
+        head_dim,
+    )
+
+
+def packed_sites(cache: LayerCache | None) -> tuple[str, ...]:
+    """The sites whose codes the cache keeps."""
+    kept = () if cache is None else (("k_cache", cache.k), ("v_cache", cache.v))
+    return tuple(site for site, rows in kept if isinstance(rows, PackedRows))
+
+
 def append(
     cache: LayerCache,
-    k: Float[Array, "batch time kv_head head_dim"],
-    v: Float[Array, "batch time kv_head head_dim"],
+    k: Float[Array, "batch time kv_head head_dim"] | QActivation,
+    v: Float[Array, "batch time kv_head head_dim"] | QActivation,
     slot: Int[Array, ""],
 ) -> LayerCache:
-    """Writes new keys and values into the slots from `slot` on."""
+    """Writes new keys and values into the slots from `slot` on; codes where `packed_sites` says."""
 
     def put(old: Array, new: Array) -> Array:
         new = new.transpose(0, 2, 1, 3).astype(old.dtype)
         return jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=2)
 
-    return LayerCache(put(cache.k, k), put(cache.v, v))
+    new = LayerCache(_as_stored(cache.k, k), _as_stored(cache.v, v))
+    return jax.tree.map(put, cache, new)
+
+
+def read_rows(
+    rows: Float[Array, "batch kv_head capacity head_dim"] | PackedRows,
+    like: Float[Array, "batch time kv_head head_dim"] | QActivation,
+) -> Float[Array, "batch kv_head capacity head_dim"]:
+    """All rows as floats; `like` is what the site gave last, and has its static grid and dtype."""
+    if not isinstance(rows, PackedRows):
+        return rows
+    codes = unpack_rows(rows.packed, rows.bits, rows.head_dim)
+    if rows.scale is not None:
+        return as_float(like.replace(codes=codes, scale=rows.scale, zero_point=rows.zero_point))
+    # A static grid has at most [kv_head, head_dim], and time stands between the two here.
+    between = lambda a: a[:, None] if a.ndim > 1 else a  # noqa: E731
+    scale, zero_point = jax.tree.map(between, (like.scale, like.zero_point))
+    return as_float(like.replace(codes=codes, scale=scale, zero_point=zero_point))
+
+
+def _as_stored(rows: Any, new: Any) -> Any:
+    """The leaves of `new` that belong into `rows`, `[batch, time, kv_head, …]` each."""
+    if not isinstance(rows, PackedRows):
+        return new
+    grid = (None, None) if rows.scale is None else (new.scale, new.zero_point)
+    return PackedRows(pack_rows(new.codes, rows.bits), *grid, rows.bits, rows.head_dim)

@@ -9,10 +9,11 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxcomp.core.activation import QActivation
 from jaxcomp.core.linear import Linear, linear
 from jaxcomp.core.site import Tap
 from jaxcomp.core.struct import node, static
-from jaxcomp.kv.cache import LayerCache, append
+from jaxcomp.kv.cache import LayerCache, append, read_rows
 from jaxcomp.models.layers import RMSNorm, rms_norm
 from jaxcomp.models.rope import Rope, rope_tables, rotate
 
@@ -79,7 +80,7 @@ def masked_context(valid: Bool[Array, "batch time"]) -> Context:
 
 def attention(
     p: GQA,
-    x: Float[Array, "batch time d_model"],
+    x: Float[Array, "batch time d_model"] | QActivation,
     ctx: Context,
     tap: Tap,
     cache: LayerCache | None = None,
@@ -97,7 +98,7 @@ def attention(
         y = _attend_prefix(p, q, k, v, ctx)
     else:
         cache = append(cache, k, v, ctx.slot)
-        y = _attend_cache(p, q, cache, ctx)
+        y = _attend_cache(p, q, read_rows(cache.k, k), read_rows(cache.v, v), ctx)
     y = y.reshape(*x.shape[:2], p.n_heads * p.head_dim)
     return linear(p.o, tap("attn_out", y)), cache
 
@@ -131,17 +132,17 @@ def _attend_prefix(p: GQA, q: Array, k: Array, v: Array, ctx: Context) -> Array:
     return jnp.concatenate(out, axis=1)
 
 
-def _attend_cache(p: GQA, q: Array, cache: LayerCache, ctx: Context) -> Array:
+def _attend_cache(p: GQA, q: Array, k: Array, v: Array, ctx: Context) -> Array:
     batch, time = q.shape[:2]
     group = p.n_heads // p.n_kv_heads
     q = q.reshape(batch, time, p.n_kv_heads, group, p.head_dim).transpose(0, 2, 3, 1, 4)
-    slots = jnp.arange(cache.k.shape[2])
+    slots = jnp.arange(k.shape[2])
     seen = slots[None, :] <= (ctx.slot + jnp.arange(time))[:, None]
     seen = seen & ctx.key_valid[:, None, :]
     if p.window is not None:
         distance = ctx.positions[:, :, None] - ctx.key_positions[:, None, :]
         seen = seen & (distance < p.window)
-    return _softmax_attend(p, q, cache.k, cache.v, seen)
+    return _softmax_attend(p, q, k, v, seen)
 
 
 def _softmax_attend(

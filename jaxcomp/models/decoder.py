@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxcomp.core.linear import Linear, linear
 from jaxcomp.core.site import Site, Tap, site_tap
 from jaxcomp.core.struct import node, static
-from jaxcomp.kv.cache import Cache, LayerCache, init_cache
+from jaxcomp.kv.cache import Cache, LayerCache, empty_rows, init_cache, packed_sites
 from jaxcomp.models.attention import GQA, Context, attention, masked_context, plain_context
 from jaxcomp.models.config import ModelConfig
 from jaxcomp.models.ffn import DenseFFN, ffn
@@ -115,9 +115,23 @@ def extend(
 
 
 def empty_cache(model: Decoder, batch: int, capacity: int) -> Cache:
-    """A cache for `capacity` tokens of each of `batch` sequences, in the compute dtype."""
-    shapes = tuple((b.attn.n_kv_heads, b.attn.head_dim) for b in map(block_struct, model.blocks))
-    return init_cache(shapes, batch, capacity, model.config.compute_dtype)
+    """A cache for `capacity` tokens of each of `batch` sequences; see `empty_layer`."""
+    dtype = model.config.compute_dtype
+    structs = map(block_struct, model.blocks)
+    return init_cache(
+        tuple(empty_layer(b, batch, capacity, dtype) for b in structs), batch, capacity
+    )
+
+
+def empty_layer(block: Block, batch: int, capacity: int, dtype: Any) -> LayerCache:
+    """One block's cache: codes where its site quantizes keys or values, else rows in `dtype`."""
+    shape = (batch, block.attn.n_kv_heads, capacity, block.attn.head_dim)
+
+    def rows(name: str) -> Any:
+        quantizer = block.sites.get(name, Site()).quantizer
+        return empty_rows(None if quantizer is None else quantizer.spec, shape, dtype)
+
+    return LayerCache(rows("k_cache"), rows("v_cache"))
 
 
 def block_forward(
@@ -134,8 +148,8 @@ def block_apply(
     tap: Tap | None = None,
     cache: LayerCache | None = None,
 ) -> tuple[Float[Array, "batch time d_model"], LayerCache | None]:
-    """One block, with or without a cache."""
-    tap = tap or site_tap(block.sites)
+    """One block, with or without a cache; a packed cache wants codes from the sites it keeps."""
+    tap = tap or site_tap(block.sites, packed_sites(cache))
     h = tap("attn_in", rms_norm(block.attn_norm, x))
     h, cache = attention(block.attn, h, ctx, tap, cache)
     y = x + rms_norm(block.attn_post_norm, h)

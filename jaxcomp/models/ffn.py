@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxcomp.core.activation import QActivation
 from jaxcomp.core.linear import Linear, linear
 from jaxcomp.core.site import Tap
 from jaxcomp.core.struct import node, static
@@ -31,7 +32,7 @@ class DenseFFN:
 
 
 def ffn(
-    p: DenseFFN, x: Float[Array, "batch time d_model"], tap: Tap
+    p: DenseFFN, x: Float[Array, "batch time d_model"] | QActivation, tap: Tap
 ) -> Float[Array, "batch time d_model"]:
     """The feed-forward unit of one block; `x` is what `ffn_in` gave."""
     time = x.shape[1]
