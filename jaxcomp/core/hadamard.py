@@ -60,16 +60,19 @@ def hadamard_matrix(order: int) -> Int8[np.ndarray, "order order"]:
     return matrix
 
 
-def no_hadamard(order: int) -> str:
-    """Why there is no matrix of this order, and what to do."""
-    known = [n for n in range(order - 1, 0, -1) if order % n == 0 and hadamard_base(n)]
+def no_hadamard(order: int, instead: str | None = None) -> str:
+    """Why there is no matrix of this order, and what to do; `instead` are the caller's ways out."""
     if order > 2 and order % 4:
         why = "an order above 2 is a multiple of 4"
     else:
         odd = order // (order & -order)
         why = f"odd part {odd}; tried Paley I and II at {odd}·2^k up to {MAX_BASE}"
-    blocks = f", or blocks of order {known[0]}" if known and known[0] > 1 else ""
-    return f"no Hadamard matrix of order {order} ({why}); use a random orthogonal matrix{blocks}"
+    if instead is None:
+        known = [n for n in range(order - 1, 1, -1) if order % n == 0 and hadamard_base(n)]
+        instead = "a random orthogonal matrix" + (
+            f", or blocks of order {known[0]}" if known else ""
+        )
+    return f"no Hadamard matrix of order {order} ({why}); use {instead}"
 
 
 def _paley_field(order: int) -> tuple[int, int] | None:

@@ -1,6 +1,8 @@
 """What every method in METHODS promises on every family; a new method is tested by being there.
 
-A method needs a line in CASES; the only way to be excused from a family is a line in REFUSALS.
+A method needs a line in CASES; the only way to be excused from a family is a line in REFUSALS. A
+method that changes the model without quantizing is followed in its cases by one that quantizes, and
+has lines in TRANSFORMS too; one that changes more than blocks says what in REWRITES.
 """
 
 import hashlib
@@ -10,18 +12,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcomp.calibrate import Calibration, Run, StepStore
+from jaxcomp.calibrate import Calibration, Result, Run, StepStore
 from jaxcomp.core.linear import Linear
 from jaxcomp.core.quantize import QTensor, QuantSpec
 from jaxcomp.core.store import save_tree
 from jaxcomp.core.tree import get_at, named_leaves
-from jaxcomp.methods import METHODS
+from jaxcomp.methods import GPTQ, METHODS, RTN
 from jaxcomp.models.anatomy import anatomy
 from jaxcomp.models.decoder import forward, iter_blocks, load_block, map_blocks
 from jaxcomp.models.families import FAMILIES
 from tests import tiny
 
-# method → setting → bits → the method. Every setting quantizes the weights of all blocks.
+Q8 = QuantSpec(8, granularity="token", dynamic=True)
+KV8 = QuantSpec(8, granularity="head", symmetric=False, dynamic=True)
+STATIC8 = QuantSpec(8, granularity="tensor", symmetric=False)
+K8 = QuantSpec(8, granularity="channel", symmetric=False)
+
+# method → setting → bits → the method, or a tuple of steps in order. Every setting quantizes the
+# weights of all blocks.
 CASES = {
     "RTN": {
         "per-channel": lambda m, bits: m(weight=QuantSpec(bits)),
@@ -31,8 +39,11 @@ CASES = {
         "grouped clip": lambda m, bits: m(weight=QuantSpec(bits, group_size=8), clip=True),
         "with activations and cache": lambda m, bits: m(
             weight=QuantSpec(bits, group_size=16, symmetric=False),
-            act=QuantSpec(8, granularity="token", dynamic=True),
-            kv=QuantSpec(8, granularity="head", symmetric=False, dynamic=True),
+            act=Q8,
+            kv=KV8,
+        ),
+        "with static ranges": lambda m, bits: m(
+            weight=QuantSpec(bits), act=STATIC8, k=K8, v=KV8, act_clip=0.99
         ),
     },
     "GPTQ": {
@@ -45,14 +56,42 @@ CASES = {
         "per-tensor clip": lambda m, bits: m(
             weight=QuantSpec(bits, granularity="tensor"), clip="output"
         ),
+        "for quantized activations": lambda m, bits: (
+            RTN(weight=None, act=Q8, kv=KV8),
+            m(weight=QuantSpec(bits), quantized_activations=True),
+        ),
+    },
+    "QuaRot": {
+        "then RTN": lambda m, bits: (m(), RTN(QuantSpec(bits), act=Q8, kv=KV8)),
+        "orthogonal, then GPTQ": lambda m, bits: (
+            m(head_mix="orthogonal", rotation="orthogonal"),
+            GPTQ(QuantSpec(bits)),
+            RTN(weight=None, act=Q8, kv=KV8),
+        ),
     },
 }
+# method → setting → the method with all quantization off: the model computes what it did.
+TRANSFORMS = {
+    "QuaRot": {
+        "hadamard": lambda m: m(),
+        "orthogonal": lambda m: m(head_mix="orthogonal", rotation="orthogonal", seed=1),
+        "cache alone": lambda m: m(residual=False, values=False, ffn=False, head_mix="none"),
+        "stream alone": lambda m: m(values=False, keys=False, ffn=False, head_mix="none"),
+    },
+}
+# method → the parts of the model outside the blocks that it changes, in function-preserving ways.
+REWRITES = {"QuaRot": ("embed", "norm", "lm_head")}
 # (method, family) → why the anatomy of the family does not allow it.
 REFUSALS: dict[tuple[str, str], str] = {}
 
 # Tied with biases; windowed with a wide head; norms on queries and keys. The rest is slow.
 CI_FAMILIES = ("qwen2", "mistral", "qwen3")
-CI_CASES = ("RTN/per-channel", "RTN/with activations and cache", "GPTQ/per-channel act-order")
+CI_CASES = (
+    "RTN/per-channel",
+    "RTN/with activations and cache",
+    "GPTQ/per-channel act-order",
+    "QuaRot/then RTN",
+)
 GRID = [
     pytest.param(
         family,
@@ -80,7 +119,9 @@ def calib():
 
 
 def make(method, setting, bits):
-    return CASES[method][setting](METHODS[method], bits)
+    """The steps of a case."""
+    steps = CASES[method][setting](METHODS[method], bits)
+    return steps if isinstance(steps, tuple) else (steps,)
 
 
 def model_of(family):
@@ -88,10 +129,21 @@ def model_of(family):
     return tiny.model(family, jax.random.key(0), head_dim=16)
 
 
+def apply(steps, model, calib, store=None, progress=None):
+    """The result of all steps, with the rows of all."""
+    rows = []
+    for i, step in enumerate(steps):
+        run = Run(StepStore(store / f"{i}") if store else None, progress)
+        step.check(model)
+        model, new = step(model, calib, run)
+        rows += new
+    return Result(model, rows)
+
+
 def compress(family, method, setting, bits, calib):
     """The result, or a skip where REFUSALS excuses the method and it refuses as it should."""
     try:
-        result = make(method, setting, bits)(model_of(family), calib)
+        result = apply(make(method, setting, bits), model_of(family), calib)
     except ValueError as refusal:
         if (method, family) not in REFUSALS:
             raise
@@ -120,6 +172,7 @@ def linears(block):
 
 def test_every_method_has_cases_and_every_case_and_refusal_a_method():
     assert CASES.keys() == METHODS.keys()
+    assert TRANSFORMS.keys() | REWRITES.keys() <= METHODS.keys()
     assert set(REFUSALS) <= {(m, f) for m in METHODS for f in FAMILIES}
     assert set(CI_CASES) <= {f"{m}/{s}" for m, settings in CASES.items() for s in settings}
     assert {c.split("/")[0] for c in CI_CASES} == METHODS.keys()  # none is left to slow runs alone
@@ -134,7 +187,7 @@ def test_more_bits_come_closer_to_the_original_and_eight_come_close(family, meth
         difference = forward(result.model, tokens) - expected
         errors[bits] = float(jnp.sum(difference**2) / jnp.sum(expected**2))
         check_weights(result, bits)
-        check_rest(result.model, model_of(family))
+        check_rest(result.model, model_of(family), REWRITES.get(method, ()))
     assert errors[8] < 2e-3  # 8-bit steps are about 1 % of a weight
     assert errors[8] < errors[4] < errors[2]
 
@@ -142,6 +195,7 @@ def test_more_bits_come_closer_to_the_original_and_eight_come_close(family, meth
 def check_weights(result, bits):
     """Every weight of the blocks is quantized as asked and has its row, or a row says why not."""
     rows = {(row.block, row.linear): row for row in result.rows if row.linear}
+    assert len(rows) == sum(row.linear is not None for row in result.rows)  # one step quantizes it
     for i, block in enumerate(result.model.blocks):
         paths = linears(block)
         assert paths == set(anatomy(block).linears)
@@ -153,13 +207,20 @@ def check_weights(result, bits):
                 continue
             assert isinstance(w, QTensor) and w.bits == bits == row.metrics["bits"]
             assert all(np.isfinite(v) for v in row.metrics.values() if isinstance(v, float))
-    whole = [row.block for row in result.rows if row.linear is None]
-    assert whole == list(range(len(result.model.blocks)))
+    for step in {row.step for row in result.rows}:
+        whole = [row.block for row in result.rows if row.linear is None and row.step == step]
+        assert whole == list(range(len(result.model.blocks)))
 
 
-def check_rest(model, original):
-    """Embedding, final norm and head, and the facts about the model, are as they were."""
-    assert hashes(model.replace(blocks=())) == hashes(original.replace(blocks=()))
+def check_rest(model, original, rewritten):
+    """Embedding, final norm and head are as they were, or keep their dtype; so do the facts."""
+    for name in ("embed", "norm", "lm_head"):
+        old, new = getattr(original, name), getattr(model, name)
+        if name in rewritten:
+            dtypes = {x.dtype for x in jax.tree.leaves(new)}
+            assert dtypes <= {x.dtype for x in jax.tree.leaves((old, original.embed))}
+        else:
+            assert hashes(new) == hashes(old)
     assert model.config == original.config
 
 
@@ -167,7 +228,7 @@ def check_rest(model, original):
 def test_the_same_input_gives_the_same_bits_and_is_left_alone(family, method, setting, calib):
     model = model_of(family)
     before, tokens = hashes(model), calib.tokens.copy()
-    first, second = (make(method, setting, 4)(model, calib) for _ in range(2))
+    first, second = (apply(make(method, setting, 4), model, calib) for _ in range(2))
     assert hashes(first.model) == hashes(second.model)
     assert [r.metrics for r in first.rows] == [r.metrics for r in second.rows]
     assert hashes(model) == before and np.array_equal(calib.tokens, tokens)
@@ -181,9 +242,8 @@ def test_blocks_behind_handles_give_what_blocks_in_memory_give(
     stored = map_blocks(
         model, lambda _, block: block, lambda i, block: save_tree(tmp_path / f"{i}", block)
     )
-    run = Run(StepStore(tmp_path / "work"))
-    expected = make(method, setting, 4)(model, calib)
-    found = make(method, setting, 4)(stored, calib, run)
+    expected = apply(make(method, setting, 4), model, calib)
+    found = apply(make(method, setting, 4), stored, calib, tmp_path / "work")
     assert hashes(in_memory(found.model)) == hashes(expected.model)
     assert [r.metrics for r in found.rows] == [r.metrics for r in expected.rows]
     assert not any(block is load_block(block) for block in found.model.blocks)
@@ -193,7 +253,7 @@ def test_blocks_behind_handles_give_what_blocks_in_memory_give(
 def test_what_is_not_quantized_keeps_its_stored_dtype(family, method, setting, calib):
     model = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model_of(family))
     before = named_leaves(model)
-    after = named_leaves(make(method, setting, 4)(model, calib).model)
+    after = named_leaves(apply(make(method, setting, 4), model, calib).model)
     kept = before.keys() & after.keys()
     assert "blocks.1.ffn_norm.weight" in kept and "blocks.0.attn.q.b" in kept
     assert {after[name].dtype for name in kept} == {jnp.dtype(jnp.bfloat16)}
@@ -201,7 +261,19 @@ def test_what_is_not_quantized_keeps_its_stored_dtype(family, method, setting, c
 
 @once
 def test_progress_is_told_after_every_block(family, method, setting, calib):
-    told = []
-    run = Run(progress=lambda step, done, total, rows: told.append((step, done, total)))
-    make(method, setting, 4)(model_of(family), calib, run)
-    assert told == [(method, done, 2) for done in range(3)]
+    told, steps = [], make(method, setting, 4)
+    progress = lambda step, done, total, rows: told.append((step, done, total))  # noqa: E731
+    apply(steps, model_of(family), calib, progress=progress)
+    assert told == [(type(step).__name__, done, 2) for step in steps for done in range(3)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("method", "setting"), [(m, s) for m, settings in TRANSFORMS.items() for s in settings]
+)
+def test_with_quantization_off_the_model_computes_what_it_did(method, setting, family, calib):
+    model, tokens = tiny.model(family, jax.random.key(0)), tiny.tokens(jax.random.key(2))
+    step = TRANSFORMS[method][setting](METHODS[method])
+    found, expected = forward(step(model, calib).model, tokens), forward(model, tokens)
+    spread = float(jnp.max(expected) - jnp.min(expected))
+    np.testing.assert_allclose(found, expected, atol=1e-4 * spread, rtol=0)
