@@ -115,12 +115,13 @@ def compress(
     with _plain_errors(traceback):
         from jaxcomp import job
         from jaxcomp.recipe import load_recipe, override
+        from jaxcomp.report import print_report
 
         chosen = override(load_recipe(recipe), settings or [])
         if dry_run:
             _print_plan(model, chosen, out, overwrite, dtype, tuple(allow_config or ()))
             return
-        job.compress(
+        report = job.compress(
             model,
             chosen,
             out,
@@ -130,6 +131,7 @@ def compress(
             allow_config=tuple(allow_config or ()),
             console=console,
         )
+        print_report(report, console)
         console.print(f"\nwritten to [bold]{out}[/]; try: jaxcomp generate {out} --prompt 'Once'")
 
 

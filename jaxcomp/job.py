@@ -38,7 +38,7 @@ from jaxcomp.models.generate import generate_greedy
 from jaxcomp.models.sizes import peak_rss
 from jaxcomp.progress import ConsoleProgress
 from jaxcomp.recipe import CalibSpec, Recipe, fingerprint, recipe_to_json
-from jaxcomp.report import Report, environment, plot_report, print_report, sizes, to_json
+from jaxcomp.report import Report, environment, plot_report, sizes, to_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -131,6 +131,7 @@ def compress(
     overwrite: bool = False,
     compute_dtype: str = "float32",
     allow_config: Iterable[str] = (),
+    before: dict[str, dict[str, float]] | None = None,
     console: rich.console.Console | None = None,
 ) -> Report:
     """Applies `recipe` to the model at `source` and writes the artefact `out`.
@@ -141,7 +142,8 @@ def compress(
       out: directory of the artefact; unfinished work lives in `OUT.partial` beside it.
       resume: continue unfinished work of the same run; False discards it.
       overwrite: replace an older artefact at `out`.
-      console: shows progress and the report; None is silent.
+      before: what the evaluations give on the model as it is, where the caller knows already.
+      console: shows progress; None is silent.
 
     Returns:
       The report, which is also `out/report.json`.
@@ -157,21 +159,13 @@ def compress(
     for step in recipe.steps:
         step.check(loaded.model)
     calib = calibration(loaded, recipe.calib) if recipe.calib else None
-    facts = {"windows_sha256": sample_hash(calib.tokens)} if calib else {}
-    texts = sorted({e.text for e in recipe.evals if hasattr(e, "text")})
-    identity = {
-        "model": loaded.fingerprint(),
-        "recipe": recipe_to_json(recipe),
-        "calibration": facts,
-        "texts": {text: load_text(text).sha256 for text in texts},
-        "compute_dtype": compute_dtype,
-        "jaxcomp": jaxcomp.__version__,
-    }
+    identity = run_identity(loaded, recipe, calib, compute_dtype)
     work = _open_work(out.with_name(out.name + ".partial"), identity, resume)
     progress, seconds = ConsoleProgress(console), {}
     with contextlib.closing(progress):
         with _timed(seconds, "evaluation before"):
-            before = _once(work / "before.json", lambda: evaluate(loaded, recipe.evals, progress))
+            measure = lambda: evaluate(loaded, recipe.evals, progress)  # noqa: E731
+            before = _once(work / "before.json", measure) if before is None else before
         model, rows = loaded.model, []
         for i, step in enumerate(recipe.steps):
             with _timed(seconds, f"{i}: {type(step).__name__}"):
@@ -188,7 +182,7 @@ def compress(
         evals_before=before,
         evals_after=after,
         sizes=sizes(model),
-        calibration=facts,
+        calibration=identity["calibration"],
         environment=environment(),
         started=started,
         seconds=seconds,
@@ -197,9 +191,22 @@ def compress(
     )
     _save(loaded, report, out, overwrite)
     shutil.rmtree(work)
-    if console:
-        print_report(report, console)
     return report
+
+
+def run_identity(
+    loaded: Loaded, recipe: Recipe, calib: Calibration | None, compute_dtype: str
+) -> dict[str, Any]:
+    """All that the result of a run depends on, as JSON values."""
+    texts = sorted({e.text for e in recipe.evals if hasattr(e, "text")})
+    return {
+        "model": loaded.fingerprint(),
+        "recipe": recipe_to_json(recipe),
+        "calibration": {"windows_sha256": sample_hash(calib.tokens)} if calib else {},
+        "texts": {text: load_text(text).sha256 for text in texts},
+        "compute_dtype": compute_dtype,
+        "jaxcomp": jaxcomp.__version__,
+    }
 
 
 def dry_run(

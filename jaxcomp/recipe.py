@@ -22,6 +22,8 @@ from jaxcomp.core.files import canonical
 from jaxcomp.core.plain import Json, from_plain, to_plain
 from jaxcomp.core.struct import STATICS
 
+T = typing.TypeVar("T")
+
 
 @dataclasses.dataclass(frozen=True)
 class CalibSpec:
@@ -96,15 +98,27 @@ def load_recipe(path: str | pathlib.Path) -> Recipe:
         return recipe_from_json(data)
     if path.suffix != ".py":
         raise ValueError(f"{path} has the suffix {path.suffix!r}; a recipe is a .py or .json file")
-    make = _run_config(path).get("recipe")
+    return call_config(path, "recipe", Recipe)
+
+
+def call_config(path: pathlib.Path, function: str, wanted: type[T]) -> T:
+    """What `function()` of the Python file at `path` returns, which must be a `wanted`.
+
+    Raises:
+      ValueError: an error inside the file, no such function, or one that returns something else.
+    """
+    make = _run_config(path).get(function)
     if not callable(make):
-        raise ValueError(f"{path} defines no function recipe(); write one that returns a Recipe")
-    recipe = _within(path, make)
-    if not isinstance(recipe, Recipe):
         raise ValueError(
-            f"recipe() in {path} returned a {type(recipe).__name__}; return a jaxcomp.Recipe"
+            f"{path} defines no function {function}(); write one that returns a {wanted.__name__}"
         )
-    return recipe
+    made = _within(path, make)
+    if not isinstance(made, wanted):
+        raise ValueError(
+            f"{function}() in {path} returned a {type(made).__name__}; "
+            f"return a jaxcomp.{wanted.__name__}"
+        )
+    return made
 
 
 def recipe_to_json(recipe: Recipe) -> dict[str, Json]:

@@ -11,6 +11,7 @@ from jaxcomp.evals import Cost, Perplexity
 from jaxcomp.evals import __all__ as eval_names
 from jaxcomp.methods import METHODS
 from jaxcomp.models.families import FAMILIES
+from jaxcomp.report import Report
 from tests import heterogeneous
 
 CONFIG = """
@@ -92,8 +93,9 @@ def test_a_bug_of_ours_keeps_its_traceback(config, monkeypatch, tmp_path):
 
 
 def test_compress_hands_everything_to_the_job(config, monkeypatch, tmp_path):
-    seen = {}
-    monkeypatch.setattr(job, "compress", lambda *args, **kwargs: seen.update(kwargs, args=args))
+    seen, report = {}, Report("DIR", {})
+    patched = lambda *args, **kwargs: seen.update(kwargs, args=args) or report  # noqa: E731
+    monkeypatch.setattr(job, "compress", patched)
     flags = ["--no-resume", "--overwrite", "--dtype", "bfloat16", "--allow-config", "a"]
     settings = ["calib.samples=4", "steps.0.weight.bits=3"]
     result = run("compress", "DIR", config, *settings, "--out", tmp_path / "o", *flags)

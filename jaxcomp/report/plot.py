@@ -33,7 +33,7 @@ def plot_report(report: Report, path: str | os.PathLike) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_style()):
+    with matplotlib.rc_context(plot_style()):
         size = (max(3.1 * columns, 4.2), 2.5 * lines + 0.9)
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
@@ -51,7 +51,8 @@ def plot_report(report: Report, path: str | os.PathLike) -> None:
         figure.savefig(path, dpi=150, format="png")
 
 
-def _style() -> dict[str, Any]:
+def plot_style() -> dict[str, Any]:
+    """The matplotlib settings of all our pictures."""
     return {
         "font.size": 9,
         "text.color": INK,

@@ -35,15 +35,15 @@ def print_report(report: Report, console: Console | None = None) -> None:
 def eval_table(before: Numbers, after: Numbers) -> Table:
     """Evaluations before and after, or the only ones there are."""
     both = bool(before and after)
-    table = _table("evaluation", "", *(("before", "after", "change") if both else ("",)))
+    table = plain_table("evaluation", "", *(("before", "after", "change") if both else ("",)))
     for name in dict.fromkeys([*before, *after]):
         old, new = before.get(name, {}), after.get(name, {})
         for key in dict.fromkeys([*old, *new]):
             a, b = old.get(key), new.get(key)
             cells = (
-                [_number(a), _number(b), _change(a, b)]
+                [number_text(a), number_text(b), _change(a, b)]
                 if both
-                else [_number(b if a is None else a)]
+                else [number_text(b if a is None else a)]
             )
             table.add_row(f"{escape(name)} {escape(key)}", *cells)
     return table
@@ -51,7 +51,7 @@ def eval_table(before: Numbers, after: Numbers) -> Table:
 
 def size_table(size: dict[str, Any]) -> Table:
     """The sizes of a model as a table."""
-    table = _table("size", "", "MB", "of 16 bit", "bits per weight")
+    table = plain_table("size", "", "MB", "of 16 bit", "bits per weight")
     dense = max(size["dense16_bytes"], 1)
 
     def add(name: str, stored: int, bits: float | None = None) -> None:
@@ -72,7 +72,8 @@ def size_table(size: dict[str, Any]) -> Table:
     return table
 
 
-def _table(title: str, *columns: str) -> Table:
+def plain_table(title: str, *columns: str) -> Table:
+    """An empty table in the style of all of ours: the first column to the left, numbers right."""
     style = dict(title_justify="left", title_style="bold", pad_edge=False, padding=(0, 0, 0, 1))
     table = Table(title=title, box=rich.box.SIMPLE_HEAD, **style)
     for i, name in enumerate(columns):
@@ -90,7 +91,7 @@ def _step_table(step: str, rows: list[Row]) -> Table:
         seconds[row.block] = seconds.get(row.block, 0.0) + row.seconds
     unit = "output" if any("error_after" in r.metrics for r in rows) else "weight"
     title = f"{step}: relative {unit} error" if errors else step
-    table = _table(title, "block", *(kind.rpartition(".")[2] for kind in kinds), "bits", "s")
+    table = plain_table(title, "block", *(kind.rpartition(".")[2] for kind in kinds), "bits", "s")
     for block in seconds:
         bits = [r.metrics["bits"] for r in rows if r.block == block and "bits" in r.metrics]
         cells = []
@@ -128,7 +129,8 @@ def _change(before: Any, after: Any) -> str:
     return f"{(after - before) / before:+.1%}" if numbers and before != after else ""
 
 
-def _number(value: Any) -> str:
+def number_text(value: Any) -> str:
+    """A number as the tables show it: four digits of a float, "" for None."""
     if value is None:
         return ""
     if isinstance(value, float):
