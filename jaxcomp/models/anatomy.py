@@ -108,3 +108,14 @@ def _(ffn: DenseFFN, norm: str | None) -> dict[str, SitePart]:
         "ffn_in": SitePart(("ffn.gate", "ffn.up"), norm),
         "ffn_mid": SitePart(("ffn.down",), "ffn.up"),
     }
+
+
+@functools.singledispatch
+def score_linears(attn: object) -> tuple[str, ...]:
+    """Linears whose outputs meet in the attention scores: errors of one multiply the other's."""
+    raise TypeError(f"no anatomy for attention node {type(attn).__name__}; register one here")
+
+
+@score_linears.register
+def _(attn: GQA) -> tuple[str, ...]:
+    return ("attn.q", "attn.k")
