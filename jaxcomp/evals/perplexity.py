@@ -22,7 +22,14 @@ from jaxcomp.data.batches import evaluation_windows
 from jaxcomp.data.corpora import load_text
 from jaxcomp.models.decoder import Decoder
 from jaxcomp.models.layers import RMSNorm, rms_norm
-from jaxcomp.models.stream import embed_batches, map_batches, run_blocks
+from jaxcomp.models.sizes import cache_sizes
+from jaxcomp.models.stream import (
+    block_step,
+    cached_block_step,
+    embed_batches,
+    map_batches,
+    run_blocks,
+)
 
 CHUNK_TOKENS = 2**17  # tokens whose hidden states are on the host at once
 VOCAB_CHUNK = 512  # words whose logits exist at once; small enough to stay in the cache
@@ -38,6 +45,8 @@ class Perplexity:
       stride: tokens between window starts; None for non-overlapping windows.
       tokens: predicted tokens to score, from the start of the text; None for all.
       batch: windows a compiled call works on.
+      through_cache: feed every window into the KV cache so many tokens at a time, as decoding does
+        (1 is token by token), and report the bits of a cached value; None for whole windows.
     """
 
     text: str = "wiki_eval"
@@ -45,11 +54,20 @@ class Perplexity:
     stride: int | None = None
     tokens: int | None = None
     batch: int = 1
+    through_cache: int | None = None
+
+    def __post_init__(self):
+        if self.through_cache is not None and self.through_cache < 1:
+            raise ValueError(
+                f"through_cache={self.through_cache} is below 1; use the number of tokens to feed "
+                "at a time, or None for whole windows"
+            )
 
     @property
     def name(self) -> str:
         """What reports call it."""
-        return f"perplexity {pathlib.Path(self.text).name} @{self.context}"
+        how = "" if self.through_cache is None else f" by {self.through_cache} through the cache"
+        return f"perplexity {pathlib.Path(self.text).name} @{self.context}{how}"
 
     def __call__(
         self,
@@ -70,7 +88,7 @@ class Perplexity:
         windows = evaluation_windows(
             encode(corpus.text), self.context, self.stride, self.tokens, bos_id=bos
         )
-        nll = window_nll(model, windows.tokens, self.batch, progress)
+        nll = window_nll(model, windows.tokens, self.batch, progress, self.through_cache)
         scored = nll[windows.score]
         mean = float(np.mean(scored, dtype=np.float64))
         if not math.isfinite(mean):
@@ -78,7 +96,15 @@ class Perplexity:
                 f"the loss on {self.text!r} is {mean}: the model holds or makes NaN or infinity; "
                 "`jaxcomp inspect --check` names the block"
             )
-        return {"perplexity": math.exp(min(mean, 700.0)), "nll": mean, "tokens": int(scored.size)}
+        numbers = {
+            "perplexity": math.exp(min(mean, 700.0)),
+            "nll": mean,
+            "tokens": int(scored.size),
+        }
+        if self.through_cache is not None:
+            bits = cache_sizes(model, self.context)["bits_per_cached_value"]
+            numbers["bits_per_cached_value"] = bits
+        return numbers
 
 
 def window_nll(
@@ -86,13 +112,17 @@ def window_nll(
     tokens: Int[np.ndarray, "windows context"],
     batch: int = 1,
     progress: Callable = lambda x, **_: x,
+    through_cache: int | None = None,
 ) -> Float[np.ndarray, "windows context-1"]:
     """Negative log-likelihood of every token after the first of each window, in nats."""
+    step = block_step
+    if through_cache is not None:
+        step = functools.partial(cached_block_step, chunk=min(through_cache, tokens.shape[1]))
     chunk = max(batch, CHUNK_TOKENS // tokens.shape[1] // batch * batch)
     out, head = [], _head(model.replace(blocks=()), model.config.compute_dtype)
     for start in range(0, len(tokens), chunk):
         part = tokens[start : start + chunk]
-        hidden = run_blocks(model, embed_batches(model, part, batch), progress)
+        hidden = run_blocks(model, embed_batches(model, part, batch), progress, step)
         targets = [part[i : i + batch, 1:] for i in range(0, len(part), batch)]
         nll = lambda x, t: np.asarray(token_nll(model.norm, head, x[:, :-1], t))  # noqa: E731
         out += map_batches(nll, hidden, targets)

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxcomp.core.linear import Linear
 from jaxcomp.core.quantize import QTensor
-from jaxcomp.models.decoder import Decoder, block_struct
+from jaxcomp.models.decoder import Decoder, block_struct, empty_cache
 
 
 def sizes(model: Decoder) -> dict[str, int | float]:
@@ -39,6 +39,20 @@ def sizes(model: Decoder) -> dict[str, int | float]:
         "bits_per_weight": 8 * stored / weights if weights else 0.0,
         "total_bits_per_weight": 8 * total / parameters,
     }
+
+
+def cache_sizes(model: Decoder, tokens: int) -> dict[str, int | float]:
+    """What the KV cache of one sequence of `tokens` tokens takes; nothing is computed or read.
+
+    Returns:
+      `cache_bytes`: keys and values of all blocks, with the grids kept beside codes;
+      `bits_per_cached_value`: the same over the numbers that it stands for.
+    """
+    layers = jax.eval_shape(lambda: empty_cache(model, 1, tokens).layers)
+    attns = [block_struct(b).attn for b in model.blocks]
+    values = sum(2 * tokens * a.n_kv_heads * a.head_dim for a in attns)
+    stored = _bytes(layers)
+    return {"cache_bytes": stored, "bits_per_cached_value": 8 * stored / values if values else 0.0}
 
 
 def peak_rss() -> int:

@@ -10,13 +10,22 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxcomp.core.linear import Linear
 from jaxcomp.core.quantize import QTensor
-from jaxcomp.models.attention import plain_context
-from jaxcomp.models.decoder import Block, Decoder, block_forward, iter_blocks
+from jaxcomp.kv.cache import LayerCache
+from jaxcomp.models.attention import Context, plain_context
+from jaxcomp.models.decoder import (
+    Block,
+    Decoder,
+    block_apply,
+    block_forward,
+    empty_layer,
+    iter_blocks,
+)
 from jaxcomp.models.layers import embed_tokens
 
 IN_FLIGHT = 2
@@ -31,6 +40,32 @@ def block_step(
 ) -> Float[Array, "batch time d_model"]:
     """One block on whole unpadded sequences."""
     return block_forward(block, x, plain_context(*x.shape[:2]))
+
+
+@functools.partial(jax.jit, static_argnames="chunk", donate_argnums=1)
+def cached_block_step(
+    block: Block, x: Float[Array, "batch time d_model"], chunk: int
+) -> Float[Array, "batch time d_model"]:
+    """`block_step` as decoding does it: `chunk` tokens at a time enter the block's cache, and the
+    keys and values that attention reads come from there."""
+    batch, time, width = x.shape
+    steps = -(-time // chunk)
+    capacity = steps * chunk  # what fills the last chunk comes after all real tokens
+    slots = jnp.broadcast_to(jnp.arange(capacity, dtype=jnp.int32), (batch, capacity))
+    ones = jnp.ones((batch, capacity), bool)
+
+    def feed(layer: LayerCache, piece: tuple[Array, Array]) -> tuple[LayerCache, Array]:
+        x, slot = piece
+        here = jax.lax.dynamic_slice_in_dim(slots, slot, chunk, axis=1)
+        ctx = Context(here, None, slot, slots, ones)
+        y, layer = block_apply(block, x, ctx, cache=layer)
+        return layer, y
+
+    x = jnp.pad(x, ((0, 0), (0, capacity - time), (0, 0)))
+    pieces = x.reshape(batch, steps, chunk, width).swapaxes(0, 1)
+    layer = empty_layer(block, batch, capacity, x.dtype)
+    _, out = jax.lax.scan(feed, layer, (pieces, chunk * jnp.arange(steps, dtype=jnp.int32)))
+    return out.swapaxes(0, 1).reshape(x.shape)[:, :time]
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -48,18 +83,28 @@ def embed_batches(model: Decoder, tokens: Int[np.ndarray, "n time"], batch: int)
 
 
 def run_blocks(
-    model: Decoder, hidden: Hidden, each: Callable[[Iterable[Block]], Iterable[Block]] = iter
+    model: Decoder,
+    hidden: Hidden,
+    each: Callable[[Iterable[Block]], Iterable[Block]] = iter,
+    step: Callable[[Block, Array], Array] = block_step,
 ) -> Hidden:
-    """Hidden states after the last block; `each` may wrap the blocks to show progress."""
+    """Hidden states after the last block.
+
+    Args:
+      each: may wrap the blocks to show progress.
+      step: runs one block on one batch, which it may consume.
+    """
     for block in each(iter_blocks(model)):
         block = _cast_weights(jax.device_put(block), model.config.compute_dtype)
-        hidden = step_batches(block, hidden)
+        hidden = step_batches(block, hidden, step)
     return hidden
 
 
-def step_batches(block: Block, hidden: Hidden) -> Hidden:
-    """`block_step` on every batch, back on the host."""
-    return map_batches(lambda x: np.asarray(block_step(block, x)), hidden)
+def step_batches(
+    block: Block, hidden: Hidden, step: Callable[[Block, Array], Array] = block_step
+) -> Hidden:
+    """`step` on every batch, back on the host."""
+    return map_batches(lambda x: np.asarray(step(block, x)), hidden)
 
 
 def map_batches(f: Callable[..., T], *batches: Iterable) -> list[T]:

@@ -7,10 +7,11 @@ import pytest
 
 from jaxcomp.core.linear import Linear
 from jaxcomp.core.quantize import QuantSpec, dequantize, quantize
+from jaxcomp.core.site import ActQuantizer, Site
 from jaxcomp.data.batches import evaluation_windows
 from jaxcomp.evals import perplexity
 from jaxcomp.evals.perplexity import Perplexity, window_nll
-from jaxcomp.models.decoder import forward
+from jaxcomp.models.decoder import forward, map_blocks
 from tests import tiny
 
 TOKENS = np.asarray(tiny.tokens(jax.random.key(1), 5, 16))
@@ -79,3 +80,25 @@ def test_a_model_that_makes_nan_is_refused_with_a_way_to_find_the_block(model, t
     broken = model.replace(norm=model.norm.replace(weight=model.norm.weight * jnp.nan))
     with pytest.raises(ValueError, match=r"text\.txt.*nan.*inspect --check"):
         Perplexity(str(text), context=16)(broken, lambda _: np.arange(100, dtype=np.int32))
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 100])
+def test_the_loss_through_a_packed_cache_is_that_of_the_simulation(model, chunk):
+    spec = QuantSpec(3, granularity="head", symmetric=False, dynamic=True)
+    sites = dict.fromkeys(("k_cache", "v_cache"), Site(ActQuantizer(spec)))
+    packed = map_blocks(model, lambda _, b: b.replace(sites=sites))
+    found = window_nll(packed, TOKENS, batch=5, through_cache=chunk)
+    np.testing.assert_allclose(found, naive_nll(packed, TOKENS), atol=1e-3)
+
+
+def test_perplexity_through_a_cache_tells_its_bits_and_its_name(model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("x" * 100)
+    evaluation = Perplexity(str(text), context=16, through_cache=4)
+    numbers = evaluation(model, lambda _: np.arange(100, dtype=np.int32))
+    whole = Perplexity(str(text), context=16)(model, lambda _: np.arange(100, dtype=np.int32))
+    assert numbers["nll"] == pytest.approx(whole["nll"], rel=1e-4)
+    assert numbers["bits_per_cached_value"] == 32 and "bits_per_cached_value" not in whole
+    assert evaluation.name == "perplexity text.txt @16 by 4 through the cache"
+    with pytest.raises(ValueError, match="through_cache=0 is below 1"):
+        Perplexity(through_cache=0)

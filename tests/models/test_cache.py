@@ -14,6 +14,7 @@ from jaxcomp.models.decoder import empty_cache, empty_layer, extend, forward, ma
 from jaxcomp.models.families import FAMILIES
 from jaxcomp.models.fold import rotate_keys
 from jaxcomp.models.generate import generate_greedy
+from jaxcomp.models.sizes import cache_sizes
 from tests import tiny
 
 logits_of, extend_jit = jax.jit(forward), jax.jit(extend)
@@ -142,3 +143,19 @@ def test_one_range_for_all_tokens_of_a_call_is_refused():
     with pytest.raises(ValueError, match=r"dynamic over all tokens.*granularity='head'"):
         empty_cache(model, 1, 8)
     assert not isinstance(empty_cache(quantized(model), 1, 8).layers[0].v, PackedRows)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+def test_the_cache_takes_the_bytes_of_its_format(bits, symmetric):
+    model = quantized(tiny.model("qwen3", jax.random.key(0)), ActQuantizer(head(bits, symmetric)))
+    rows = 2 * 7 * 2  # blocks, tokens, key heads
+    grid = 4 if symmetric else 5
+    packed = rows * (-(-16 * bits // 8) + grid)
+    expected = packed + rows * 16 * 4
+    size = cache_sizes(model, 7)
+    assert size["cache_bytes"] == expected
+    assert size["bits_per_cached_value"] == 8 * expected / (2 * rows * 16)
+    assert sum(a.nbytes for a in jax.tree.leaves(empty_cache(model, 1, 7).layers)) == expected
+    static = quantized(model, k=lambda b: per_channel(b, bits))
+    assert cache_sizes(static, 7)["cache_bytes"] == expected - rows * grid
