@@ -15,6 +15,7 @@ import sys
 __version__ = "0.1.0"
 
 _NAMES = {
+    "AWQ": "jaxcomp.methods",
     "Calibration": "jaxcomp.calibrate",
     "FAMILIES": "jaxcomp.models.families",
     "EVALS": "jaxcomp.evals",
@@ -24,6 +25,7 @@ _NAMES = {
     "QTensor": "jaxcomp.core.quantize",
     "QuantSpec": "jaxcomp.core.quantize",
     "RTN": "jaxcomp.methods",
+    "SmoothQuant": "jaxcomp.methods",
     "CalibSpec": "jaxcomp.recipe",
     "Recipe": "jaxcomp.recipe",
     "compress": "jaxcomp.job",
@@ -33,6 +35,7 @@ _NAMES = {
     "load": "jaxcomp.job",
     "load_recipe": "jaxcomp.recipe",
     "save": "jaxcomp.artefact",
+    "use_integer": "jaxcomp.models.execution",
 }
 __all__ = sorted(_NAMES)
 

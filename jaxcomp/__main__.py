@@ -4,6 +4,7 @@ Heavy imports are inside the commands, so that `--help` answers at once.
 """
 
 import contextlib
+import enum
 import json
 import logging
 import os
@@ -41,6 +42,22 @@ Allow = Annotated[
         metavar="FIELD",
         help="A field of config.json that this version does not know and that, you vouch, changes "
         "nothing. May be repeated.",
+    ),
+]
+
+
+class Execution(enum.StrEnum):
+    """How quantized activations are computed with."""
+
+    simulated = "simulated"
+    integer = "integer"
+
+
+Executed = Annotated[
+    Execution,
+    typer.Option(
+        help="Quantized activations as rounded floats, or as integers summed in int32; the latter "
+        "needs quantized weights behind every quantized activation."
     ),
 ]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")]
@@ -162,6 +179,15 @@ def evaluate(
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Predictions to score. Default: all.")] = None,
     batch: Annotated[int | None, typer.Option(help="Windows at a time. Default: 1.")] = None,
+    through_cache: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Feed each window into the KV cache N tokens at a time, as decoding does. "
+            "Default: whole windows.",
+        ),
+    ] = None,
+    execution: Executed = Execution.simulated,
     json_file: Annotated[
         pathlib.Path | None, typer.Option("--json", metavar="FILE", help="Also write the numbers.")
     ] = None,
@@ -171,7 +197,14 @@ def evaluate(
 ) -> None:
     """Measure a model, compressed or not."""
     with _plain_errors(traceback):
-        settings = dict(text=text, context=context, stride=stride, tokens=tokens, batch=batch)
+        settings = dict(
+            text=text,
+            context=context,
+            stride=stride,
+            tokens=tokens,
+            batch=batch,
+            through_cache=through_cache,
+        )
         chosen = _evaluations(evals or ["perplexity"], settings)
 
         from jaxcomp import job
@@ -179,12 +212,21 @@ def evaluate(
         from jaxcomp.report import environment, eval_table
 
         loaded = job.load(
-            model, compute_dtype=dtype, lazy=True, allow_config=tuple(allow_config or ())
+            model,
+            compute_dtype=dtype,
+            lazy=True,
+            allow_config=tuple(allow_config or ()),
+            integer=execution is Execution.integer,
         )
         numbers = job.evaluate(loaded, chosen, ConsoleProgress(console))
         console.print(eval_table({}, numbers))
         if json_file:
-            result = {"source": model, "evals": numbers, "environment": environment()}
+            result = {
+                "source": model,
+                "execution": execution.value,
+                "evals": numbers,
+                "environment": environment(),
+            }
             json_file.write_text(json.dumps(result, indent=2) + "\n")
 
 
@@ -244,6 +286,7 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")
     ] = False,
+    execution: Executed = Execution.simulated,
     dtype: Dtype = None,
     allow_config: Allow = None,
     traceback: Traceback = False,
@@ -252,7 +295,12 @@ def generate(
     with _plain_errors(traceback):
         from jaxcomp import job
 
-        loaded = job.load(model, compute_dtype=dtype, allow_config=tuple(allow_config or ()))
+        loaded = job.load(
+            model,
+            compute_dtype=dtype,
+            allow_config=tuple(allow_config or ()),
+            integer=execution is Execution.integer,
+        )
         if not chat:
             typer.echo(prompt, nl=False)
         job.generate(
@@ -309,7 +357,8 @@ def _evaluations(names: list[str], settings: dict[str, Any]) -> tuple[Any, ...]:
         used |= own
         chosen.append(cls(**{key: given[key] for key in own}))
     if unused := sorted(set(given) - used):
-        raise ValueError(f"--{unused[0]} is no setting of {', '.join(names)}; leave it out")
+        flag = unused[0].replace("_", "-")
+        raise ValueError(f"--{flag} is no setting of {', '.join(names)}; leave it out")
     return tuple(chosen)
 
 

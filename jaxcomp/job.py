@@ -34,6 +34,7 @@ from jaxcomp.data.corpora import load_text
 from jaxcomp.hub.read import open_checkpoint
 from jaxcomp.hub.tokenizer import encode, load_tokenizer
 from jaxcomp.models.decoder import Decoder
+from jaxcomp.models.execution import use_integer
 from jaxcomp.models.generate import generate_greedy
 from jaxcomp.models.sizes import peak_rss
 from jaxcomp.progress import ConsoleProgress
@@ -73,6 +74,7 @@ def load(
     compute_dtype: str | None = None,
     lazy: bool = False,
     allow_config: Iterable[str] = (),
+    integer: bool = False,
 ) -> Loaded:
     """Opens an artefact of ours, or any checkpoint `jaxcomp.hub` reads.
 
@@ -81,10 +83,19 @@ def load(
       compute_dtype: dtype of activations; by default the artefact's own, or float32.
       lazy: leave an artefact's blocks on disk; those of a checkpoint always are.
       allow_config: unknown config fields that the caller vouches change nothing.
+      integer: run quantized activations in integers instead of simulating them in floats.
 
     Raises:
-      ValueError: not a model, or a damaged one; the message says where and what to do.
+      ValueError: not a model, a damaged one, or one that cannot run in integers; the message says
+        where and what to do.
     """
+    loaded = _open(source, compute_dtype, lazy, allow_config)
+    return dataclasses.replace(loaded, model=use_integer(loaded.model)) if integer else loaded
+
+
+def _open(
+    source: str | pathlib.Path, compute_dtype: str | None, lazy: bool, allow_config: Iterable[str]
+) -> Loaded:
     if artefact.is_artefact(source):
         path = pathlib.Path(source)
         model = artefact.load(path, lazy=lazy, compute_dtype=compute_dtype)

@@ -68,6 +68,8 @@ def test_info_lists_the_registries():
         (["inspect", "no/such/place/here"], "no/such/place/here"),
         (["eval", "x", "--eval", "taste"], "there is no evaluation 'taste'; there is: perplexity"),
         (["eval", "x", "--eval", "cost", "--text", "c4"], "--text is no setting of cost"),
+        (["eval", "x", "--eval", "cost", "--through-cache", 8], "--through-cache is no setting"),
+        (["eval", "x", "--execution", "exact"], "Invalid value for '--execution'"),
         (["eval", "x", "--context", "many"], "Invalid value for '--context'"),
         (["compress", "x"], "Missing"),
     ],
@@ -126,6 +128,19 @@ def test_eval_builds_the_evaluations_and_writes_the_numbers(monkeypatch, tmp_pat
     written = json.loads((tmp_path / "n.json").read_text())
     assert written["evals"] == {"perplexity t": {"perplexity": 12.5}} and written["source"] == "DIR"
     assert set(eval_names) >= {"Perplexity", "Cost"}
+
+
+@pytest.mark.parametrize("execution", [[], ["--execution", "integer"]])
+def test_the_execution_and_the_cache_are_chosen_on_the_command_line(execution, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(job, "load", lambda *_, **options: seen.update(options))
+    monkeypatch.setattr(job, "evaluate", lambda _, evals, __: seen.update(evals=evals) or {})
+    monkeypatch.setattr(job, "generate", lambda *_, **__: "")
+    assert run("eval", "DIR", "--through-cache", 64, *execution).exit_code == 0
+    assert seen["evals"] == (Perplexity(through_cache=64),)
+    assert seen.pop("integer") == bool(execution)
+    assert run("generate", "DIR", "-p", "Once", *execution).exit_code == 0
+    assert seen["integer"] == bool(execution)
 
 
 def test_inspect_shows_nodes_grids_and_sizes_of_an_artefact(place):

@@ -93,6 +93,16 @@ def test_the_artefact_has_the_perplexity_of_the_fake_quantized_model(place):
     assert reported["tokens"] == 230
 
 
+def test_the_artefact_has_the_same_perplexity_in_integers_and_through_its_cache(place):
+    loaded = jaxcomp.load(place / "out", lazy=True, integer=True)
+    evaluation = dataclasses.replace(recipe(place).evals[0], through_cache=7)
+    found = jaxcomp.evaluate(loaded, [evaluation])[evaluation.name]
+    report = from_json(artefact.read_json(place / "out", "report.json"))
+    simulated = report.evals_after[recipe(place).evals[0].name]
+    assert found["nll"] == pytest.approx(simulated["nll"], rel=1e-3)
+    assert found["tokens"] == simulated["tokens"] and found["bits_per_cached_value"] == 32
+
+
 def test_the_report_has_rows_sizes_and_numbers_before_and_after(place):
     report = from_json(artefact.read_json(place / "out", "report.json"))
     linears = [(r.block, r.linear) for r in report.rows if r.step == "GPTQ" and r.linear]
