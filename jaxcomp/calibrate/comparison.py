@@ -1,0 +1,166 @@
+"""Two models side by side on the same tokens: where along its depth the compressed one departs.
+
+    h, h' = embed(tokens), embed'(tokens)
+    for block, block' in blocks:                     one of each in memory
+        block'(h R)  against  block(h) R             `local`: what this block alone adds
+        h, h' = block(h), block'(h')
+        h'           against  h R                    what has come together so far
+
+R is the orthogonal matrix between the two residual streams, so the errors of a rotated model mean
+what those of any other do: the identity where the embedding tables agree, else the solution of
+min ‖E R − E'‖ (Schönemann, doi 10.1007/BF02289451), which is exact but for rounding where a method
+rotated the stream. Streams that no R brings together are not compared.
+
+One token can hold nearly all the energy of a hidden state (the first of SmolLM2, in one channel),
+so an error is the median over tokens; the ratio of the energies of all stands beside it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxcomp.calibrate.flatness import compare_flatness
+from jaxcomp.models.decoder import Block, Decoder, head_logits, load_block
+from jaxcomp.models.stream import Hidden, embed_batches, run_blocks
+
+SAME = 1e-5  # embeddings this close (squared, relative) are equal but for rounding
+STRANGE = 0.25  # streams that R leaves further apart than this are not the same stream
+ROWS = 8  # rows of the embedding that find R, per channel
+BLOCKS = 5  # blocks whose flatness is compared, the first and the last among them
+HEAD_TOKENS = 128  # tokens whose logits exist at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What `compare` found, as JSON values.
+
+    Attributes:
+      tokens: how many went through both models.
+      depth: `median`, `energy` and `local`, each a list of relative squared errors ‖h' − hR‖²/‖h‖²,
+        first of the embedding and then behind every block. `median` and `local` are the medians of
+        single tokens, `energy` is over all tokens at once. `rotated` says whether R is not the
+        identity. A comparison that means nothing is left out and `skipped` says why.
+      output: `kl`, the mean KL(original ‖ compressed) of the next token in nats, and `top1`, the
+        share of tokens for which both give the same next token the highest probability.
+      flatness: `compare_flatness` of some blocks, each entry with its `block`; empty where the
+        models differ in the number of blocks.
+    """
+
+    tokens: int
+    depth: dict[str, Any]
+    output: dict[str, float]
+    flatness: list[dict[str, Any]]
+
+
+def compare(
+    original: Decoder,
+    compressed: Decoder,
+    tokens: Int[np.ndarray, "windows time"],
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> Comparison:
+    """Streams `tokens` through both models, whose blocks may be handles.
+
+    Args:
+      tokens: few; all windows go through a block at once.
+      progress: wraps the pairs of blocks to show how far it is.
+    """
+    h, h_new = (embed_batches(model, tokens, len(tokens)) for model in (original, compressed))
+    flatness: list[dict[str, Any]] = []
+    if (n := len(original.blocks)) != (m := len(compressed.blocks)):
+        depth: dict[str, Any] = {"skipped": f"the models have {n} and {m} blocks"}
+        h, h_new = run_blocks(original, h), run_blocks(compressed, h_new)
+        return Comparison(tokens.size, depth, output_gap(original, compressed, h, h_new), flatness)
+    rotation, strange = residual_rotation(original, compressed)
+    depth = {"skipped": strange} if strange else {"rotated": rotation is not None}
+    errors = [] if strange else [_errors(h_new, h, rotation)]
+    local = [median for median, _ in errors]
+    pairs = zip(original.blocks, compressed.blocks, strict=True)
+    chosen = {round(i) for i in np.linspace(0, n - 1, BLOCKS)}
+    for i, pair in progress(enumerate(pairs)):
+        old, new = (jax.device_put(load_block(block)) for block in pair)
+        if i in chosen:
+            flatness += [{"block": i, **site} for site in compare_flatness(old, new, h, h_new)]
+        start, h, h_new = h, _step(original, old, h), _step(compressed, new, h_new)
+        if not strange:
+            errors.append(_errors(h_new, h, rotation))
+            alone = _step(compressed, new, _rotated(start, rotation))
+            local.append(_errors(alone, h, rotation)[0])
+    if not strange:
+        curves = zip(
+            ("median", "energy", "local"), (*zip(*errors, strict=True), local), strict=True
+        )
+        depth |= {name: [float(f"{e:.6g}") for e in curve] for name, curve in curves}
+    return Comparison(tokens.size, depth, output_gap(original, compressed, h, h_new), flatness)
+
+
+def residual_rotation(original: Decoder, compressed: Decoder) -> tuple[np.ndarray | None, str]:
+    """R, or None for the identity; and why there is none, or ""."""
+    vocab, width = original.embed.weight.shape
+    if compressed.embed.weight.shape != (vocab, width):
+        other = " × ".join(map(str, compressed.embed.weight.shape))
+        return None, f"the embeddings are {vocab} × {width} and {other}"
+    rows = slice(None, None, max(1, vocab // (ROWS * width)))
+    a, b = (
+        np.asarray(e.weight[rows], np.float64) * (e.scale or 1.0)
+        for e in (original.embed, compressed.embed)
+    )
+    gap = lambda x: np.sum((x - b) ** 2) / np.sum(b**2)  # noqa: E731
+    if gap(a) <= SAME:
+        return None, ""
+    u, _, v = np.linalg.svd(a.T @ b)  # float64: the stream may be strong where the table is weak
+    rotation = u @ v
+    turned, still = gap(a @ rotation), gap(a)
+    if min(turned, still) > STRANGE:
+        return None, f"no rotation brings the residual streams together (error {turned:.2g})"
+    # A rounded table is also fitted a little better by a rotation that nobody made.
+    return (rotation.astype(np.float32) if turned < still / 2 else None), ""
+
+
+def output_gap(
+    original: Decoder, compressed: Decoder, h: Hidden, h_new: Hidden
+) -> dict[str, float]:
+    """`Comparison.output` from the hidden states behind the last block."""
+    ends = [model.replace(blocks=()) for model in (original, compressed)]
+    rows = [np.concatenate(x).reshape(-1, x[0].shape[-1]) for x in (h, h_new)]
+    total = np.zeros(2)
+    for start in range(0, len(rows[0]), HEAD_TOKENS):
+        total += np.asarray(_head_gap(*ends, *(x[start : start + HEAD_TOKENS] for x in rows)))
+    kl, top1 = total / len(rows[0])
+    return {"kl": float(f"{max(kl, 0.0):.6g}"), "top1": float(f"{top1:.6g}")}
+
+
+@jax.jit
+def _head_gap(
+    original: Decoder,
+    compressed: Decoder,
+    h: Float[Array, "tokens d_model"],
+    h_new: Float[Array, "tokens other_d_model"],
+) -> Float[Array, "2"]:
+    """Sums over tokens: KL in nats, agreement about the most likely token."""
+    p, q = (
+        jax.nn.log_softmax(head_logits(model, x))
+        for model, x in ((original, h), (compressed, h_new))
+    )
+    same = jnp.argmax(p, -1) == jnp.argmax(q, -1)
+    return jnp.stack([jnp.sum(jnp.exp(p) * (p - q)), jnp.sum(same.astype(jnp.float32))])
+
+
+def _step(model: Decoder, block: Block, hidden: Hidden) -> Hidden:
+    return run_blocks(model.replace(blocks=(block,)), hidden)
+
+
+def _rotated(hidden: Hidden, rotation: np.ndarray | None) -> Hidden:
+    return hidden if rotation is None else [(x @ rotation).astype(x.dtype) for x in hidden]
+
+
+def _errors(hidden: Hidden, reference: Hidden, rotation: np.ndarray | None) -> tuple[float, float]:
+    """‖h' − h R‖² / ‖h‖²: median of the tokens, and of all tokens together."""
+    x, y = (np.concatenate(side).astype(np.float32) for side in (hidden, reference))
+    gap = np.sum((x - (y if rotation is None else y @ rotation)) ** 2, -1, dtype=np.float64)
+    energy = np.maximum(np.sum(y**2, -1, dtype=np.float64), 1e-30)
+    return float(np.median(gap / energy)), float(gap.sum() / energy.sum())
