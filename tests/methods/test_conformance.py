@@ -188,7 +188,8 @@ def test_more_bits_come_closer_to_the_original_and_eight_come_close(family, meth
         errors[bits] = float(jnp.sum(difference**2) / jnp.sum(expected**2))
         check_weights(result, bits)
         check_rest(result.model, model_of(family), REWRITES.get(method, ()))
-    assert errors[8] < 2e-3  # 8-bit steps are about 1 % of a weight
+    # 8-bit steps are about 1 % of a weight; a range fixed on 128 tokens cuts some later ones.
+    assert errors[8] < (5e-3 if "static" in setting else 2e-3)
     assert errors[8] < errors[4] < errors[2]
 
 
