@@ -28,6 +28,8 @@ _NAMES = {
     "SmoothQuant": "jaxcomp.methods",
     "CalibSpec": "jaxcomp.recipe",
     "Recipe": "jaxcomp.recipe",
+    "Study": "jaxcomp.studies",
+    "StudyRow": "jaxcomp.studies",
     "compress": "jaxcomp.job",
     "evaluate": "jaxcomp.job",
     "forward": "jaxcomp.models.decoder",

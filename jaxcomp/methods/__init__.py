@@ -1,13 +1,17 @@
 """Compression methods: frozen settings, called on a model. One file each."""
 
+from jaxcomp.methods.awq import AWQ
 from jaxcomp.methods.gptq import GPTQ
 from jaxcomp.methods.quarot import QuaRot
 from jaxcomp.methods.rtn import RTN
+from jaxcomp.methods.smoothquant import SmoothQuant
 
 METHODS = {
     "RTN": RTN,  # round to nearest; no data
     "GPTQ": GPTQ,  # round in turn, let later channels make up for the error
     "QuaRot": QuaRot,  # rotate by Hadamard matrices; quantizes nothing itself
+    "SmoothQuant": SmoothQuant,  # move outliers into the weights; quantizes nothing itself
+    "AWQ": AWQ,  # scale up the weights that matter, clamp the rest, round to nearest
 }
 
-__all__ = ["GPTQ", "METHODS", "RTN", "QuaRot"]
+__all__ = ["AWQ", "GPTQ", "METHODS", "RTN", "QuaRot", "SmoothQuant"]

@@ -26,6 +26,7 @@ from tests import tiny
 Q8 = QuantSpec(8, granularity="token", dynamic=True)
 KV8 = QuantSpec(8, granularity="head", symmetric=False, dynamic=True)
 STATIC8 = QuantSpec(8, granularity="tensor", symmetric=False)
+EVERY_SITE = ("attn_in", "attn_out", "ffn_in", "ffn_mid")
 K8 = QuantSpec(8, granularity="channel", symmetric=False)
 
 # method → setting → bits → the method, or a tuple of steps in order. Every setting quantizes the
@@ -69,6 +70,20 @@ CASES = {
             RTN(weight=None, act=Q8, kv=KV8),
         ),
     },
+    "SmoothQuant": {
+        "then RTN": lambda m, bits: (m(), RTN(QuantSpec(bits), act=Q8, kv=KV8)),
+        "everywhere, then GPTQ": lambda m, bits: (m(0.85, EVERY_SITE), GPTQ(QuantSpec(bits))),
+    },
+    "AWQ": {
+        "grouped asym": lambda m, bits: m(
+            weight=QuantSpec(bits, group_size=16, symmetric=False), grid=5
+        ),
+        "per-channel without clip": lambda m, bits: m(weight=QuantSpec(bits), clip=False),
+        "clip alone, then activations": lambda m, bits: (
+            m(weight=QuantSpec(bits, granularity="tensor"), scale=False),
+            RTN(weight=None, act=Q8, kv=KV8),
+        ),
+    },
 }
 # method → setting → the method with all quantization off: the model computes what it did.
 TRANSFORMS = {
@@ -78,6 +93,7 @@ TRANSFORMS = {
         "cache alone": lambda m: m(residual=False, values=False, ffn=False, head_mix="none"),
         "stream alone": lambda m: m(values=False, keys=False, ffn=False, head_mix="none"),
     },
+    "SmoothQuant": {"everywhere": lambda m: m(sites=EVERY_SITE)},
 }
 # method → the parts of the model outside the blocks that it changes, in function-preserving ways.
 REWRITES = {"QuaRot": ("embed", "norm", "lm_head")}
@@ -91,6 +107,8 @@ CI_CASES = (
     "RTN/with activations and cache",
     "GPTQ/per-channel act-order",
     "QuaRot/then RTN",
+    "SmoothQuant/then RTN",
+    "AWQ/grouped asym",
 )
 GRID = [
     pytest.param(
