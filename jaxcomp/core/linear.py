@@ -36,10 +36,17 @@ def linear(
     elif isinstance(p.w, QTensor):
         y = quant_matmul(x, p.w.packed, p.w.scale, p.w.zero_point, p.w.bits, jnp.float32)
     else:
-        y = jnp.matmul(x, p.w.astype(x.dtype), preferred_element_type=jnp.float32)
+        y = _dense_product(x, p.w)
     if p.b is not None:
         y = y + p.b.astype(jnp.float32)
     return y.astype(dtype or x.dtype)
+
+
+def _dense_product(x: Array, w: Array) -> Array:
+    """Tokens are one axis, or the gradient of `w` would be computed from transposed activations."""
+    rows = x.reshape(-1, x.shape[-1]) if w.ndim == 2 else x
+    y = jnp.matmul(rows, w.astype(x.dtype), preferred_element_type=jnp.float32)
+    return y.reshape(*x.shape[:-1], w.shape[-1])
 
 
 def _integer_product(w: Array | QTensor, x: QActivation) -> Float[Array, "*tokens out_ch"]:

@@ -232,7 +232,7 @@ def fake_quantize(
     if clip is not None:
         low, high = low * clip[0], high * clip[1]
     scale, zero_point = range_to_grid(low, high, spec)
-    if not weight:
+    if not weight or scale.shape[-2] == 1:  # one group: no axis of its own, whose gradient is slow
         return fake_quantize_with(x, scale, zero_point, spec)
     z = None if zero_point is None else zero_point[..., :, None, :]
     grouped = _grouped(x, scale.shape[-2])

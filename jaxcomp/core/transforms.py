@@ -4,7 +4,7 @@ A transform is a node, so a block that rotates its input says so in its tree. Ev
 with two functions, because x W = (x T)(T⁻¹ W) and T⁻¹ W = (Wᵀ T⁻ᵀ)ᵀ:
     transform(t, x)         x T, over the last axis
     inverse_transpose(t)    the transform T⁻ᵀ
-    transform_rows(t, w)    T⁻¹ W, what a consumer of x T multiplies by
+    transform_rows(T⁻ᵀ, w)  T⁻¹ W, what a consumer of x T multiplies by
     transform_columns(t, w) W T, what makes a producer put out x T
 """
 
@@ -118,12 +118,28 @@ def _(t: Hadamard) -> Hadamard:
     return t
 
 
+@functools.singledispatch
 def transform_rows(
-    t: Transform, w: Float[Array, "in_ch out_ch"], inverse: Transform | None = None
+    inverse: Transform, w: Float[Array, "in_ch out_ch"]
 ) -> Float[Array, "in_ch out_ch"]:
-    """T⁻¹ W; `inverse` is T⁻ᵀ where the caller has it at hand."""
-    inverse = inverse_transpose(t) if inverse is None else inverse
+    """T⁻¹ W, given `inverse_transpose` of T."""
     return transform(inverse, w.T).T
+
+
+@transform_rows.register
+def _(inverse: Kron, w: Array) -> Array:
+    """Both products on W as it lies: transposing it costs more than they do."""
+    left, right, (in_ch, out_ch) = inverse.left, inverse.right, w.shape
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    if left is not None:
+        w = product("ia,ij->aj", left, w.reshape(len(left), -1))
+    if right is not None:
+        runs = in_ch // len(
+            right
+        )  # one product each: the compiler would transpose W for one in all
+        each = jnp.broadcast_to(right, (runs, *right.shape))
+        w = product("acd,aco->ado", each, w.reshape(runs, len(right), out_ch))
+    return w.reshape(in_ch, out_ch)
 
 
 def transform_columns(

@@ -71,7 +71,7 @@ def absorb(block: Block, site: str, t: Transform, inverse: Transform | None = No
     for path in anatomy(block)[site].consumers:
         p = get_at(block, path)
         check_dense(p, path)
-        w = transform_rows(t, _float32(p.w), inverse).astype(p.w.dtype)
+        w = transform_rows(inverse, _float32(p.w)).astype(p.w.dtype)
         block = replace_at(block, f"{path}.w", w)
     return block
 
