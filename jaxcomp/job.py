@@ -4,7 +4,7 @@
     text ─▶ calibration windows
     evals ─▶ numbers before
     each step of the recipe: model ─▶ model', rows         resumable, block by block
-    evals ─▶ numbers after
+    evals ─▶ numbers after,  comparison with the original ─▶ pictures
     artefact.save ─▶ OUT                     written aside, renamed when complete
 
 Unfinished work lives in `OUT.partial/` until the artefact is complete. A fingerprint of model,
@@ -27,10 +27,12 @@ import rich.console
 
 import jaxcomp
 from jaxcomp import artefact
+from jaxcomp.calibrate import comparison
 from jaxcomp.calibrate.plan import plan, plan_write
 from jaxcomp.calibrate.stream import Calibration, Run, StepStore, write_whole
-from jaxcomp.data.batches import sample_hash, sample_windows
+from jaxcomp.data.batches import evaluation_windows, sample_hash, sample_windows
 from jaxcomp.data.corpora import load_text
+from jaxcomp.evals.perplexity import Perplexity
 from jaxcomp.hub.read import open_checkpoint
 from jaxcomp.hub.tokenizer import encode, load_tokenizer
 from jaxcomp.models.decoder import Decoder
@@ -39,10 +41,12 @@ from jaxcomp.models.generate import generate_greedy
 from jaxcomp.models.sizes import peak_rss
 from jaxcomp.progress import ConsoleProgress
 from jaxcomp.recipe import CalibSpec, Recipe, fingerprint, recipe_to_json
-from jaxcomp.report import Report, environment, plot_report, sizes, to_json
+from jaxcomp.report import Report, draw_pictures, environment, sizes, to_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+COMPARED_TOKENS = 1024  # of the window on which the original and the compressed model are compared
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -143,6 +147,7 @@ def compress(
     compute_dtype: str = "float32",
     allow_config: Iterable[str] = (),
     before: dict[str, dict[str, float]] | None = None,
+    compare: bool = True,
     console: rich.console.Console | None = None,
 ) -> Report:
     """Applies `recipe` to the model at `source` and writes the artefact `out`.
@@ -154,6 +159,8 @@ def compress(
       resume: continue unfinished work of the same run; False discards it.
       overwrite: replace an older artefact at `out`.
       before: what the evaluations give on the model as it is, where the caller knows already.
+      compare: lay the model beside the original on one window of the text that the evaluations
+        read, or the calibration, for the pictures of error along depth and of flatness.
       console: shows progress; None is silent.
 
     Returns:
@@ -183,9 +190,16 @@ def compress(
                 run = Run(StepStore(work / f"step.{i}"), progress.step)
                 model, new = step(model, calib, run)
                 rows += new
-        loaded = dataclasses.replace(loaded, model=model)
+        original, loaded = loaded.model, dataclasses.replace(loaded, model=model)
         with _timed(seconds, "evaluation after"):
             after = evaluate(loaded, recipe.evals, progress)
+        side_by_side = {}
+        if compare and (window := comparison_window(loaded, recipe, calib)) is not None:
+            total = len(model.blocks)
+            each = lambda pairs: progress.each(pairs, "comparison", total)  # noqa: E731
+            with _timed(seconds, "comparison"):
+                found = comparison.compare(original, model, window, each)
+                side_by_side = dataclasses.asdict(found)
     report = Report(
         source=loaded.source,
         recipe=identity["recipe"],
@@ -199,10 +213,25 @@ def compress(
         seconds=seconds,
         peak_rss_bytes=peak_rss(),
         baseline_rss_bytes=baseline,
+        comparison=side_by_side,
     )
     _save(loaded, report, out, overwrite)
     shutil.rmtree(work)
     return report
+
+
+def comparison_window(
+    loaded: Loaded, recipe: Recipe, calib: Calibration | None
+) -> np.ndarray | None:
+    """The first window of an evaluation text, else of the calibration, `[1, time]`."""
+    for evaluation in recipe.evals:
+        if isinstance(evaluation, Perplexity):
+            time = min(evaluation.context, COMPARED_TOKENS)
+            config = loaded.model.config
+            bos = config.bos_token_id if config.bos == "window" else None
+            ids = loaded.encode(load_text(evaluation.text).text)
+            return evaluation_windows(ids, time, tokens=1, bos_id=bos).tokens
+    return None if calib is None else calib.tokens[:1, :COMPARED_TOKENS]
 
 
 def run_identity(
@@ -322,15 +351,14 @@ def _save(loaded: Loaded, report: Report, out: pathlib.Path, overwrite: bool) ->
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = pathlib.Path(scratch) / "tokenizer"
         loaded.tokenizer.save_pretrained(tokenizer)
-        picture = pathlib.Path(scratch) / "report.png"
-        plot_report(report, picture)
+        pictures = draw_pictures(report, scratch)
         files = {f"tokenizer/{p.name}": p for p in tokenizer.iterdir()}
         artefact.save(
             loaded.model,
             out,
             recipe=report.recipe,
             report=to_json(report),
-            files={**loaded.files, **files, picture.name: picture},
+            files={**loaded.files, **files, **{p.name: p for p in pictures}},
             overwrite=overwrite,
         )
 

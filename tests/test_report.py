@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import math
 
 import numpy as np
 import pytest
@@ -13,14 +14,23 @@ from jaxcomp.core.tree import named_leaves
 from jaxcomp.report import (
     Report,
     Row,
+    draw_pictures,
     environment,
     from_json,
+    picture_names,
+    plot_depth,
+    plot_depths,
+    plot_fit,
+    plot_flatness,
     plot_report,
     print_report,
     sizes,
     to_json,
 )
+from jaxcomp.report.style import spread_apart
 from tests import heterogeneous
+
+CURVE = [1e-3, 2e-2, 3e-2, 0.4]
 
 
 def report(**changes):
@@ -126,17 +136,114 @@ def test_reports_with_little_in_them_print_too():
     assert "RTN: relative weight error" in text and "Prune" in text
 
 
+def comparison(**changes):
+    channels = lambda top: {"flatness": 0.1 * top, "rms": 1.0, "channels": [top, 1.0, 0.5]}  # noqa: E731
+    sides = {"before": channels(9.0), "after": channels(2.0)}
+    entry = {"consumers": ["attn.q"], "activation": sides, "weight": sides}
+    return {
+        "tokens": 32,
+        "depth": {"rotated": False, "median": CURVE, "energy": CURVE, "local": CURVE[::-1]},
+        "output": {"kl": 0.2, "top1": 0.9},
+        "flatness": [{"block": i, "site": site} | entry for i in (0, 2) for site in ("a", "b")],
+    } | changes
+
+
+def fit_rows(clips=True, errors=True):
+    """Rows of a step that fitted two blocks."""
+    rows = []
+    for block in range(2):
+        numbers = {"loss_curve": [0.3, 0.2, 0.1 + block]}
+        if errors:
+            numbers |= {"mse_before": 0.3, "mse_after": 0.1}
+        if clips:
+            numbers |= {"clip_low:attn_in": 0.8, "clip_high:attn_in": 0.9 + 0.01 * block}
+            rows.append(Row("Fit", block, "attn.q", {"clip_low": 0.9, "clip_high": 0.95}))
+        rows.append(Row("Fit", block, None, numbers))
+    return rows
+
+
+def shown(path):
+    """The picture at `path`: on a light ground, with something on it."""
+    picture = imread(path)
+    assert picture.shape[0] > 300 and picture[..., :3].mean() > 0.8
+    assert len(np.unique(picture.reshape(-1, picture.shape[-1]), axis=0)) > 10
+    return picture
+
+
 @pytest.mark.parametrize("without", ["", "sizes", "rows"])
 def test_the_picture_shows_what_there_is(without, tmp_path):
     plot_report(report(**({without: ()} if without else {})), tmp_path / "report.png")
-    picture = imread(tmp_path / "report.png")
-    assert picture.shape[0] > 300 and picture[..., :3].mean() > 0.8  # on a light ground
-    assert len(np.unique(picture.reshape(-1, picture.shape[-1]), axis=0)) > 10
+    shown(tmp_path / "report.png")
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({}, ["report.png"]),
+        ({"comparison": comparison()}, ["report.png", "depth.png", "flatness.png"]),
+        ({"comparison": comparison(depth={"skipped": "n"})}, ["report.png", "flatness.png"]),
+        ({"comparison": comparison(flatness=[])}, ["report.png", "depth.png"]),
+        ({"rows": tuple(fit_rows()), "sizes": {}}, ["fit.png"]),
+        ({"rows": tuple(fit_rows(clips=False))}, ["report.png", "fit.png"]),
+        ({"rows": (), "sizes": {}}, []),
+    ],
+)
+def test_a_report_has_the_pictures_it_has_numbers_for(changes, names, tmp_path):
+    given = from_json(json.loads(json.dumps(to_json(report(**changes)))))
+    paths = draw_pictures(given, tmp_path)
+    assert [path.name for path in paths] == picture_names(given) == names
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names)
+    assert all(shown(path) is not None for path in paths)
+    assert (f"pictures: {', '.join(names)}" in printed(given)) == bool(names)
+
+
+@pytest.mark.parametrize("errors", [True, False])
+@pytest.mark.parametrize("clips", [True, False])
+def test_the_picture_of_a_fit_shows_what_was_recorded(clips, errors, tmp_path):
+    rows = (*report().rows, *fit_rows(clips, errors))
+    plot_fit(report(rows=rows), tmp_path / "fit.png")
+    panels = 1 + errors + 2 * clips
+    assert shown(tmp_path / "fit.png").shape[0] > 480 * ((panels + 1) // 2)
+
+
+def test_numbers_that_are_not_finite_leave_a_gap_in_a_picture(tmp_path):
+    broken = comparison(output={"kl": math.nan, "top1": 0.0})
+    broken["depth"] |= {"median": [0.0, 0.1, math.nan, math.inf], "local": [0.0] * 4}
+    rows = (Row("Fit", 0, None, {"loss_curve": [0.1, math.nan, math.inf]}),)
+    given = from_json(to_json(report(comparison=broken, rows=rows)))
+    assert len(draw_pictures(given, tmp_path)) == 4
+
+
+def test_several_runs_share_a_plot_and_those_without_a_curve_are_left_out(tmp_path):
+    found, skipped = comparison()["depth"], {"skipped": "the models have 3 and 2 blocks"}
+    plot_depths({"one": found, "two": found, "three": skipped}, tmp_path / "depths.png")
+    shown(tmp_path / "depths.png")
+    with pytest.raises(ValueError, match="none of these runs has errors along depth"):
+        plot_depths({"three": skipped, "four": {}}, tmp_path / "none.png")
+
+
+def test_labels_are_pushed_apart_no_further_than_needed():
+    assert spread_apart([0.1, 0.5], 0.1) == pytest.approx([0.1, 0.5])
+    assert spread_apart([0.3, 0.3, 0.31], 0.1) == pytest.approx([0.2033, 0.3033, 0.4033], abs=1e-3)
+    assert spread_apart([], 0.1) == []
 
 
 def test_a_report_with_nothing_to_draw_has_no_picture(tmp_path):
+    empty = report(rows=(), sizes={})
     with pytest.raises(ValueError, match="nothing to draw"):
-        plot_report(report(rows=(), sizes={}), tmp_path / "report.png")
+        plot_report(empty, tmp_path / "report.png")
+    for plot, words in ((plot_flatness, "no flatness"), (plot_fit, "no step of this report")):
+        with pytest.raises(ValueError, match=words):
+            plot(empty, tmp_path / "x.png")
+    with pytest.raises(ValueError, match="along depth: the models have 3 and 2 blocks"):
+        skipped = {"depth": {"skipped": "the models have 3 and 2 blocks"}}
+        plot_depth(report(comparison=skipped), tmp_path / "x.png")
+
+
+def test_older_reports_without_a_comparison_still_read():
+    data = to_json(report())
+    del data["comparison"]
+    assert from_json(data).comparison == {}
 
 
 def test_the_environment_names_versions_and_device():

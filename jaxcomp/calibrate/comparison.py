@@ -125,7 +125,7 @@ def output_gap(
     original: Decoder, compressed: Decoder, h: Hidden, h_new: Hidden
 ) -> dict[str, float]:
     """`Comparison.output` from the hidden states behind the last block."""
-    ends = [model.replace(blocks=()) for model in (original, compressed)]
+    ends = [jax.device_put(model.replace(blocks=())) for model in (original, compressed)]
     rows = [np.concatenate(x).reshape(-1, x[0].shape[-1]) for x in (h, h_new)]
     total = np.zeros(2)
     for start in range(0, len(rows[0]), HEAD_TOKENS):

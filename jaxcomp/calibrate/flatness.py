@@ -69,16 +69,18 @@ def channel_curve(energy: Float[Array, " channels"]) -> dict[str, Any]:
 
     Returns:
       `flatness`; `rms` of the norms; `channels`, the norms over that rms, largest first, at the
-      ranks (n − 1)·u² for `CURVE` even steps of u from 0 to 1: densest among the largest.
+      ranks (n − 1)·u² for `CURVE` even steps of u from 0 to 1, densest among the largest and
+      interpolated between neighbours.
     """
     norms = np.sqrt(np.asarray(energy, np.float64))
     rms = max(float(np.sqrt(np.mean(norms**2))), 1e-30)
     relative = np.sort(norms / rms)[::-1]
-    ranks = np.rint((len(norms) - 1) * np.linspace(0, 1, CURVE) ** 2).astype(int)
+    ranks = (len(norms) - 1) * np.linspace(0, 1, CURVE) ** 2
+    curve = np.interp(ranks, np.arange(len(norms)), relative)
     return {
         "flatness": _short(np.sqrt(np.mean((relative - 1) ** 2))),
         "rms": _short(rms),
-        "channels": [_short(value) for value in relative[ranks]],
+        "channels": [_short(value) for value in curve],
     }
 
 

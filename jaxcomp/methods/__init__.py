@@ -1,6 +1,7 @@
 """Compression methods: frozen settings, called on a model. One file each."""
 
 from jaxcomp.methods.awq import AWQ
+from jaxcomp.methods.flatquant import FlatQuant
 from jaxcomp.methods.gptq import GPTQ
 from jaxcomp.methods.quarot import QuaRot
 from jaxcomp.methods.rtn import RTN
@@ -11,7 +12,8 @@ METHODS = {
     "GPTQ": GPTQ,  # round in turn, let later channels make up for the error
     "QuaRot": QuaRot,  # rotate by Hadamard matrices; quantizes nothing itself
     "SmoothQuant": SmoothQuant,  # move outliers into the weights; quantizes nothing itself
+    "FlatQuant": FlatQuant,  # fit small transforms until weights and activations are flat, round
     "AWQ": AWQ,  # scale up the weights that matter, clamp the rest, round to nearest
 }
 
-__all__ = ["AWQ", "GPTQ", "METHODS", "RTN", "QuaRot", "SmoothQuant"]
+__all__ = ["AWQ", "GPTQ", "METHODS", "RTN", "FlatQuant", "QuaRot", "SmoothQuant"]

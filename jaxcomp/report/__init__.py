@@ -1,6 +1,10 @@
-"""What a run found: plain data with a JSON form, tables for a terminal, a picture."""
+"""What a run found: plain data with a JSON form, tables for a terminal, pictures."""
 
 from jaxcomp.core.metrics import Row
+from jaxcomp.report.depth import plot_depth, plot_depths
+from jaxcomp.report.fit import plot_fit
+from jaxcomp.report.flatness import plot_flatness
+from jaxcomp.report.pictures import draw_pictures, picture_names
 from jaxcomp.report.plot import plot_report
 from jaxcomp.report.record import (
     Report,
@@ -16,10 +20,16 @@ from jaxcomp.report.table import eval_table, print_report, size_table
 __all__ = [
     "Report",
     "Row",
+    "draw_pictures",
     "environment",
     "eval_table",
     "from_json",
     "linear_error",
+    "picture_names",
+    "plot_depth",
+    "plot_depths",
+    "plot_fit",
+    "plot_flatness",
     "plot_report",
     "print_report",
     "size_table",

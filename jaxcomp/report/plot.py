@@ -5,8 +5,10 @@ import os
 from typing import Any
 
 from jaxcomp.report.record import Report, linear_error
+from jaxcomp.report.style import AFTER, BEFORE, picture, plot_style, short_name
 
-INK, GRID, BEFORE, AFTER = "#30343b", "#e3e6ea", "#a9b1bb", "#1f6fb4"
+__all__ = ["plot_report", "plot_style"]
+
 PARTS = {"codes": "#1f6fb4", "scales": "#7fb2dd", "embedding": "#b9a25f", "other": "#c9ced6"}
 COLUMNS = 4
 
@@ -29,16 +31,9 @@ def plot_report(report: Report, path: str | os.PathLike) -> None:
     columns = min(COLUMNS, panels)
     lines = math.ceil(panels / columns)
 
-    import matplotlib  # slow to import, and needed only here
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(plot_style()):
-        size = (max(3.1 * columns, 4.2), 2.5 * lines + 0.9)
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(figure)
+    with picture(path, max(3.1 * columns, 4.2), 2.5 * lines + 0.9) as figure:
         axes = [figure.add_subplot(lines, columns, i + 1) for i in range(panels)]
-        title = report.source
+        title = short_name(report.source)
         if kinds:
             unit = "output" if "error_after" in rows[0].metrics else "weight"
             title += f": {rows[0].step}, relative {unit} error by block"
@@ -48,26 +43,6 @@ def plot_report(report: Report, path: str | os.PathLike) -> None:
         figure.suptitle(title, x=0.01, ha="left", size=12)
         if report.sizes:
             _draw_sizes(axes[-1], report.sizes)
-        figure.savefig(path, dpi=150, format="png")
-
-
-def plot_style() -> dict[str, Any]:
-    """The matplotlib settings of all our pictures."""
-    return {
-        "font.size": 9,
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "axes.edgecolor": "#9aa1ab",
-        "axes.titlesize": 10,
-        "axes.titlelocation": "left",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.axisbelow": True,
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "grid.color": GRID,
-        "legend.frameon": False,
-    }
 
 
 def _draw_kind(axis: Any, kind: str, rows: list) -> None:

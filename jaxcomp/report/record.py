@@ -30,6 +30,8 @@ class Report:
       seconds: wall time, per step and for what else took time.
       peak_rss_bytes: largest resident memory of the process.
       baseline_rss_bytes: the same after the imports, before the model was read.
+      comparison: the original and the compressed model side by side, errors along depth and
+        flatness, see `jaxcomp.calibrate.comparison.Comparison`; empty where it was not made.
     """
 
     source: str
@@ -44,6 +46,7 @@ class Report:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     peak_rss_bytes: int = 0
     baseline_rss_bytes: int = 0
+    comparison: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def to_json(report: Report) -> dict[str, Any]:

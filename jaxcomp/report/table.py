@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from jaxcomp.core.metrics import Row
+from jaxcomp.report.pictures import picture_names
 from jaxcomp.report.record import Report, linear_error
 
 WORST = 3  # linears that the table points out
@@ -30,6 +31,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
     if report.sizes:
         console.print(size_table(report.sizes))
     console.print(_cost_line(report), highlight=False)
+    if names := picture_names(report):
+        console.print(f"[dim]pictures: {', '.join(names)}[/]", highlight=False)
 
 
 def eval_table(before: Numbers, after: Numbers) -> Table:

@@ -1,0 +1,144 @@
+"""The picture of a fit by gradient descent: losses, and the clip factors that were learned."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from jaxcomp.core.metrics import Row
+from jaxcomp.report.record import Report
+from jaxcomp.report.style import (
+    AFTER,
+    BEFORE,
+    COLOURS,
+    DEPTH_AFTER,
+    QUIET,
+    headline,
+    label_ends,
+    number,
+    picture,
+    ramp,
+    shades,
+    short_name,
+)
+
+Curves = dict[str, dict[str, dict[int, float]]]  # name → "clip_low", "clip_high" → block → factor
+
+
+def plot_fit(report: Report, path: str | os.PathLike) -> None:
+    """Draws what the last step that fitted something reported, as a PNG.
+
+    The rows of such a step hold, for a block: `loss_curve`, `mse_before`, `mse_after`, and
+    `clip_low:SITE`, `clip_high:SITE`; for a linear: `clip_low`, `clip_high`. Each is optional.
+
+    Raises:
+      ValueError: no step has a loss curve.
+    """
+    rows = fit_rows(report)
+    if not rows:
+        raise ValueError("no step of this report has a loss curve; there is nothing to draw")
+    panels: list[Callable[[Any], None]] = [lambda axis: _draw_losses(axis, rows)]
+    if any({"mse_before", "mse_after"} <= row.metrics.keys() for row in rows):
+        panels.append(lambda axis: _draw_errors(axis, rows))
+    for what, curves in (("activations", site_clips(rows)), ("weights", linear_clips(rows))):
+        if curves:
+            panels.append(lambda axis, c=curves, w=what: _draw_clips(axis, c, w))
+    lines = (len(panels) + 1) // 2
+    with picture(path, 10.4 if len(panels) > 1 else 5.6, 3.2 * lines + 0.9) as figure:
+        for i, draw in enumerate(panels):
+            draw(figure.add_subplot(lines, min(len(panels), 2), i + 1))
+        bands = "bands reach from the factor of the least value to that of the greatest"
+        clips = any(side.startswith("clip_") for row in rows for side in row.metrics)
+        headline(
+            figure, f"{short_name(report.source)}: fit of {rows[0].step}", bands if clips else ""
+        )
+
+
+def fit_rows(report: Report) -> list[Row]:
+    """The rows of the last step in which a block has a loss curve."""
+    steps = [row.step for row in report.rows if row.metrics.get("loss_curve")]
+    return [row for row in report.rows if steps and row.step == steps[-1]]
+
+
+def site_clips(rows: list[Row]) -> Curves:
+    """Clip factors of the activation at each site along depth."""
+    curves: Curves = {}
+    for row in rows:
+        for key, value in row.metrics.items():
+            side, _, site = key.partition(":")
+            if row.linear is None and site and side in ("clip_low", "clip_high"):
+                curves.setdefault(site, {}).setdefault(side, {})[row.block] = number(value)
+    return curves
+
+
+def linear_clips(rows: list[Row]) -> Curves:
+    """Clip factors of each kind of linear along depth, means over its channels."""
+    curves: Curves = {}
+    for row in rows:
+        for side in ("clip_low", "clip_high"):
+            if row.linear is not None and side in row.metrics:
+                value = number(row.metrics[side])
+                curves.setdefault(row.linear, {}).setdefault(side, {})[row.block] = value
+    return curves
+
+
+def _draw_losses(axis: Any, rows: list[Row]) -> None:
+    fits = [row for row in rows if row.metrics.get("loss_curve")]
+    for row, colour in zip(fits, shades(DEPTH_AFTER, len(fits)), strict=True):
+        losses = [number(loss) for loss in row.metrics["loss_curve"]]
+        axis.plot(range(1, len(losses) + 1), losses, color=colour, linewidth=1.2)
+    axis.set_yscale("log")
+    axis.set_title("loss during the fit")
+    axis.set_xlabel("record of the loss, in order")
+    axis.set_ylabel("loss of the block")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(axis="y")
+    if len(fits) > 1:
+        _colour_bar(axis, fits[0].block, fits[-1].block)
+
+
+def _colour_bar(axis: Any, first: int, last: int) -> None:
+    """A small ramp at the upper right, where the losses have fallen away."""
+    box = axis.inset_axes((0.7, 0.94, 0.28, 0.03))
+    box.imshow([range(256)], aspect="auto", cmap=ramp(DEPTH_AFTER), extent=(0, 1, 0, 1))
+    box.set_xticks([0, 1], [f"block {first}", str(last)], fontsize=8)
+    box.tick_params(length=0)
+    box.set_yticks([])
+    box.spines[:].set_visible(False)
+
+
+def _draw_errors(axis: Any, rows: list[Row]) -> None:
+    found = [row for row in rows if {"mse_before", "mse_after"} <= row.metrics.keys()]
+    blocks = [row.block for row in found]
+    before, after = ([number(r.metrics[k]) for r in found] for k in ("mse_before", "mse_after"))
+    axis.vlines(blocks, before, after, color=BEFORE, linewidth=1.2, alpha=0.6)
+    axis.plot(blocks, before, "o", color=BEFORE, markersize=4)
+    axis.plot(blocks, after, "o", color=AFTER, markersize=4)
+    axis.set_yscale("log")
+    axis.set_title("error of the block's output, before and after the fit")
+    axis.set_ylabel("mean squared error")
+    _finish(axis)
+    label_ends(axis, [(before[-1], "before", QUIET), (after[-1], "after", AFTER)])
+
+
+def _draw_clips(axis: Any, curves: Curves, what: str) -> None:
+    """A band from the factor of the least value to that of the greatest, and their mean."""
+    ends = []
+    for i, (name, sides) in enumerate(curves.items()):
+        colour, (first, *_) = COLOURS[i % len(COLOURS)], sides.values()
+        both = [[points[block] for points in sides.values() if block in points] for block in first]
+        mean = [sum(pair) / len(pair) for pair in both]
+        axis.fill_between(
+            list(first), [*map(min, both)], [*map(max, both)], color=colour, alpha=0.18, linewidth=0
+        )
+        axis.plot(list(first), mean, color=colour, linewidth=1.4)
+        ends.append((mean[-1], name, colour))
+    axis.set_title(f"learned clip factors of {what}")
+    axis.set_ylabel("share of the range that is kept")
+    _finish(axis)
+    label_ends(axis, ends)
+
+
+def _finish(axis: Any) -> None:
+    axis.set_xlabel("block")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(axis="y")
