@@ -108,7 +108,7 @@ def test_the_merged_block_computes_what_the_fit_saw(shared):
     later = simulate(params | {"weight_clip": {}}, clipped)
     for path in anatomy(block).linears:
         w, expected = get_at(later, path).w, get_at(fitted, path).w
-        assert float(jnp.mean(jnp.abs(w - expected) > 1e-5)) < 0.005
+        assert float(jnp.mean(jnp.abs(w - expected) > 1e-5)) < 0.02
 
 
 def test_scores_do_not_feel_the_key_transform_nor_outputs_the_value_transform():
