@@ -1,0 +1,128 @@
+"""The lines of a table of results, from the runs of a study or from any reports."""
+
+import dataclasses
+import statistics
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from jaxcomp.report import Report
+
+Evals = Mapping[str, Mapping[str, Any]]  # name of the evaluation → name of the number → number
+
+
+class Number(NamedTuple):
+    """Which number of which evaluation."""
+
+    evaluation: str
+    key: str
+
+    @property
+    def heading(self) -> str:
+        """What its column is called."""
+        return self.evaluation if self.key in self.evaluation else f"{self.evaluation} {self.key}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A row of the table with what was found.
+
+    Attributes:
+      values: one for each run that ended well, in the order of `settings`.
+      settings: what tells the runs apart; () for a single run.
+      bits: stored bits per weight of the blocks' linears.
+      seconds: of the compression, evaluations aside; the mean of the runs.
+      peak_bytes: largest resident memory of the runs.
+      note: why there is nothing, or less than all.
+      failed: some run ended with an error.
+    """
+
+    name: str
+    group: str = ""
+    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    values: Mapping[Number, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    settings: tuple[str, ...] = ()
+    bits: float | None = None
+    seconds: float | None = None
+    peak_bytes: int | None = None
+    note: str = ""
+    failed: bool = False
+
+
+def choose_numbers(show: Iterable[str], evals: Evals) -> list[Number]:
+    """The numbers that `show` names (see `Study.show`).
+
+    Raises:
+      ValueError: the evaluations give no such number; the message lists theirs.
+    """
+    there = [Number(name, key) for name, numbers in evals.items() for key in numbers]
+    if not (show := tuple(show)):
+        return list({number.evaluation: number for number in reversed(there)}.values())[::-1]
+    found: list[Number] = []
+    for wanted in show:
+        name, _, key = wanted.rpartition(": ")
+        fits = [n for n in there if n.key == key and name in ("", n.evaluation)]
+        if not fits:
+            known = ", ".join(f"{n.evaluation}: {n.key}" for n in there)
+            raise ValueError(f"show names {wanted!r}, which no evaluation gives; there is: {known}")
+        found += [n for n in fits if n not in found]
+    return found
+
+
+def facts_of(report: Report) -> dict[str, Any]:
+    """What a table shows of a report, as JSON values."""
+    steps = sum(s for name, s in report.seconds.items() if name[0].isdigit())  # "0: GPTQ"
+    blocks = sum(row.seconds for row in report.rows)  # also those of the runs that were killed
+    return {
+        "evals": report.evals_after,
+        "sizes": report.sizes,
+        "seconds": report.seconds,
+        "compression_seconds": max(steps, blocks),
+        "peak_rss_bytes": report.peak_rss_bytes,
+        "started": report.started,
+        "environment": report.environment,
+        "depth": report.comparison.get("depth", {}),
+    }
+
+
+def make_line(
+    name: str,
+    runs: Iterable[Mapping[str, Any]],
+    *,
+    group: str = "",
+    labels: Mapping[str, str] = {},
+) -> Line:
+    """The line of some runs: each has the facts of a report, or `error` or `state`; `setting`."""
+    runs = list(runs)
+    ended = [run for run in runs if "evals" in run]
+    values: dict[Number, tuple[float, ...]] = {}
+    for run in ended:
+        for evaluation, numbers in run["evals"].items():
+            for key, value in numbers.items():
+                number = Number(evaluation, key)
+                values[number] = (*values.get(number, ()), float(value))  # "inf" is a word in JSON
+    missing = [run for run in runs if "evals" not in run]
+    reasons = [run.get("error") or run.get("state", "") for run in missing]
+    if ended or len(set(reasons)) > 1:  # else one reason for all
+        settings = [run.get("setting") for run in missing]
+        reasons = [": ".join(filter(None, pair)) for pair in zip(settings, reasons, strict=True)]
+    seconds = [run["compression_seconds"] for run in ended if run.get("compression_seconds")]
+    peaks = [run["peak_rss_bytes"] for run in ended if run.get("peak_rss_bytes")]
+    return Line(
+        name=name,
+        group=group,
+        labels=dict(labels),
+        values=values,
+        settings=tuple(run["setting"] for run in ended if run.get("setting")),
+        bits=ended[0]["sizes"].get("bits_per_weight") if ended else None,
+        seconds=statistics.fmean(seconds) if seconds else None,
+        peak_bytes=max(peaks, default=None),
+        note="; ".join(dict.fromkeys(reasons)),
+        failed=any("error" in run for run in runs),
+    )
+
+
+def spread(values: Iterable[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation; None for the latter of fewer than two values."""
+    values = list(values)
+    mean = statistics.fmean(values)
+    return mean, statistics.stdev(values) if len(values) > 1 else None
