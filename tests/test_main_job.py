@@ -122,8 +122,13 @@ def test_the_report_has_rows_sizes_and_numbers_before_and_after(place):
 
 def test_the_artefact_holds_recipe_tokenizer_and_config_and_nothing_is_left_beside_it(place):
     assert load_recipe(place / "out" / "recipe.json") == recipe(place)
-    for name in ("report.json", "config.json", "tokenizer/tokenizer.json", "report.png"):
+    for name in ("report.json", "config.json", "tokenizer/tokenizer.json"):
         assert (place / "out" / name).stat().st_size > 0
+    assert {p.name for p in (place / "out").glob("*.png")} == {
+        "report.png",
+        "depth.png",
+        "flatness.png",
+    }
     assert not list(place.glob("*.partial")) and not list(place.glob(".*"))
     text = "The Moon is the 5th ocean"
     encoded = [jaxcomp.load(place / source).encode(text) for source in ("model", "out")]

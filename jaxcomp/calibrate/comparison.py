@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -127,27 +126,22 @@ def output_gap(
     """`Comparison.output` from the hidden states behind the last block."""
     ends = [jax.device_put(model.replace(blocks=())) for model in (original, compressed)]
     rows = [np.concatenate(x).reshape(-1, x[0].shape[-1]) for x in (h, h_new)]
-    total = np.zeros(2)
+    kl, same = 0.0, 0
     for start in range(0, len(rows[0]), HEAD_TOKENS):
-        total += np.asarray(_head_gap(*ends, *(x[start : start + HEAD_TOKENS] for x in rows)))
-    kl, top1 = total / len(rows[0])
-    return {"kl": float(f"{max(kl, 0.0):.6g}"), "top1": float(f"{top1:.6g}")}
+        # One model after the other: each has its head in the compute dtype while it is used.
+        parts = [x[start : start + HEAD_TOKENS] for x in rows]
+        p, q = (np.asarray(_log_probabilities(*pair)) for pair in zip(ends, parts, strict=True))
+        kl += np.sum(np.exp(p) * (p - q), dtype=np.float64)
+        same += int(np.sum(p.argmax(-1) == q.argmax(-1)))
+    tokens = len(rows[0])
+    return {"kl": float(f"{max(kl / tokens, 0.0):.6g}"), "top1": float(f"{same / tokens:.6g}")}
 
 
 @jax.jit
-def _head_gap(
-    original: Decoder,
-    compressed: Decoder,
-    h: Float[Array, "tokens d_model"],
-    h_new: Float[Array, "tokens other_d_model"],
-) -> Float[Array, "2"]:
-    """Sums over tokens: KL in nats, agreement about the most likely token."""
-    p, q = (
-        jax.nn.log_softmax(head_logits(model, x))
-        for model, x in ((original, h), (compressed, h_new))
-    )
-    same = jnp.argmax(p, -1) == jnp.argmax(q, -1)
-    return jnp.stack([jnp.sum(jnp.exp(p) * (p - q)), jnp.sum(same.astype(jnp.float32))])
+def _log_probabilities(
+    end: Decoder, h: Float[Array, "tokens d_model"]
+) -> Float[Array, "tokens vocab"]:
+    return jax.nn.log_softmax(head_logits(end, h))
 
 
 def _step(model: Decoder, block: Block, hidden: Hidden) -> Hidden:
