@@ -12,7 +12,7 @@ Initial values (both start with s = 1 where there is one):
     identity   P = I
 
 Source: FlatQuant, arXiv 2410.09426, §3.1, and its code; Cayley's map as in Lezcano-Casado,
-arXiv 1909.09501. Departure: the direct inverse is float32 with one Newton step, not float64.
+arXiv 1909.09501. Departure: the direct inverse is float32 by Newton's iteration, not float64 by LU.
 """
 
 from typing import Literal
@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxcomp.core.hadamard import hadamard_base, hadamard_matrix
 from jaxcomp.core.struct import node
+from jaxcomp.solvers.inverse import invert
 from jaxcomp.solvers.orthogonal import cayley, random_orthogonal
 
 Form = Literal["svd", "direct"]
@@ -60,10 +61,8 @@ def init_matrix(n: int, key: PRNGKeyArray, form: Form, init: Init) -> SVD | Dire
 def materialize(m: SVD | Direct) -> tuple[Float[Array, "n n"], Float[Array, "n n"]]:
     """P and P⁻ᵀ, float32."""
     if isinstance(m, Direct):
-        inverse = jnp.linalg.inv(m.p)
-        inverse = inverse @ (2 * jnp.eye(len(m.p)) - m.p @ inverse)
-        return m.p, inverse.T
-    u, v = cayley(m.u), cayley(m.v)
+        return m.p, invert(m.p).T
+    u, v = cayley(jnp.stack([m.u, m.v]))
     u = u if m.base is None else jax.lax.stop_gradient(m.base) @ u
     return (u * m.s) @ v.T, (u / m.s) @ v.T
 

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from jaxcomp.solvers.inverse import invert
+
 
 def random_orthogonal(key: PRNGKeyArray, n: int) -> Float[Array, "n n"]:
     """A uniformly distributed orthogonal matrix, float32; the same key gives the same matrix."""
@@ -20,12 +22,12 @@ def random_orthogonal(key: PRNGKeyArray, n: int) -> Float[Array, "n n"]:
     return q * jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0)
 
 
-def cayley(z: Float[Array, "n n"]) -> Float[Array, "n n"]:
+def cayley(z: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
     """The orthogonal matrix of a free `z`, differentiable; only what is below the diagonal counts.
 
     Zeros give the identity.
     """
     lower = jnp.tril(z, -1)  # the diagonal cancels in A
-    half = (lower - lower.T) / 2
-    eye = jnp.eye(len(z), dtype=z.dtype)
-    return jnp.linalg.solve(eye - half, eye + half)
+    half = (lower - jnp.swapaxes(lower, -1, -2)) / 2
+    eye = jnp.eye(z.shape[-1], dtype=z.dtype)
+    return 2 * invert(eye - half) - eye  # (I − H)⁻¹ (I + H)
