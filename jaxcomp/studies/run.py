@@ -12,7 +12,9 @@ not see is a change in the code of the same version; `again` is for that.
 """
 
 import contextlib
+import ctypes
 import datetime
+import gc
 import json
 import pathlib
 import shutil
@@ -20,6 +22,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+import jax
 import rich.console
 
 from jaxcomp import artefact, job
@@ -119,7 +122,7 @@ def _compute(
     console: rich.console.Console | None,
 ) -> str:
     """Runs the main job; returns why it failed, or ""."""
-    _reset_peak_rss()
+    _start_afresh()
     try:
         job.compress(
             study.model,
@@ -217,7 +220,14 @@ def _drop_remains(place: pathlib.Path) -> None:
             path.unlink()
 
 
-def _reset_peak_rss() -> None:
-    """Lets the next run have a peak of its own; where it cannot be done, peaks only grow."""
+def _start_afresh() -> None:
+    """Lets the next run have a peak memory of its own, without the programs of the run before.
+
+    What cannot be done on this system is left out; peaks then grow from run to run.
+    """
+    jax.clear_caches()
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
         pathlib.Path("/proc/self/clear_refs").write_text("5")
