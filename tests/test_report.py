@@ -154,7 +154,7 @@ def fit_rows(clips=True, errors=True):
     for block in range(2):
         numbers = {"loss_curve": [0.3, 0.2, 0.1 + block]}
         if errors:
-            numbers |= {"mse_before": 0.3, "mse_after": 0.1}
+            numbers |= {"mse_rounding": 0.5, "mse_before": 0.3, "mse_after": 0.1}
         if clips:
             numbers |= {"clip_low:attn_in": 0.8, "clip_high:attn_in": 0.9 + 0.01 * block}
             rows.append(Row("Fit", block, "attn.q", {"clip_low": 0.9, "clip_high": 0.95}))

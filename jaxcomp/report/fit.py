@@ -21,14 +21,17 @@ from jaxcomp.report.style import (
     short_name,
 )
 
+SPAN = 0.04  # least height of an axis of clip factors, so that nothing looks like much
+
 Curves = dict[str, dict[str, dict[int, float]]]  # name → "clip_low", "clip_high" → block → factor
 
 
 def plot_fit(report: Report, path: str | os.PathLike) -> None:
     """Draws what the last step that fitted something reported, as a PNG.
 
-    The rows of such a step hold, for a block: `loss_curve`, `mse_before`, `mse_after`, and
-    `clip_low:SITE`, `clip_high:SITE`; for a linear: `clip_low`, `clip_high`. Each is optional.
+    The rows of such a step hold, for a block: `loss_curve`, `mse_before`, `mse_after`,
+    `mse_rounding`, and `clip_low:SITE`, `clip_high:SITE`; for a linear: `clip_low`, `clip_high`.
+    All but the first are optional.
 
     Raises:
       ValueError: no step has a loss curve.
@@ -111,13 +114,18 @@ def _draw_errors(axis: Any, rows: list[Row]) -> None:
     blocks = [row.block for row in found]
     before, after = ([number(r.metrics[k]) for r in found] for k in ("mse_before", "mse_after"))
     axis.vlines(blocks, before, after, color=BEFORE, linewidth=1.2, alpha=0.6)
+    ends = [(before[-1], "before", QUIET), (after[-1], "after", AFTER)]
+    if all("mse_rounding" in row.metrics for row in found):
+        rounding = [number(row.metrics["mse_rounding"]) for row in found]
+        axis.plot(blocks, rounding, "_", color=COLOURS[1], markersize=6)
+        ends.append((rounding[-1], "plain rounding", COLOURS[1]))
     axis.plot(blocks, before, "o", color=BEFORE, markersize=4)
     axis.plot(blocks, after, "o", color=AFTER, markersize=4)
     axis.set_yscale("log")
     axis.set_title("error of the block's output, before and after the fit")
     axis.set_ylabel("mean squared error")
     _finish(axis)
-    label_ends(axis, [(before[-1], "before", QUIET), (after[-1], "after", AFTER)])
+    label_ends(axis, ends)
 
 
 def _draw_clips(axis: Any, curves: Curves, what: str) -> None:
@@ -135,6 +143,9 @@ def _draw_clips(axis: Any, curves: Curves, what: str) -> None:
     axis.set_title(f"learned clip factors of {what}")
     axis.set_ylabel("share of the range that is kept")
     _finish(axis)
+    low, high = axis.get_ylim()
+    middle, half = (low + high) / 2, max(high - low, SPAN) / 2
+    axis.set_ylim(middle - half, middle + half)
     label_ends(axis, ends)
 
 
