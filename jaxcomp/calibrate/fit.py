@@ -53,7 +53,8 @@ class FitState(NamedTuple):
 
 def fit_init(params: dict[str, Any], spec: FitSpec) -> FitState:
     """The state before the first step."""
-    params = jax.tree.map(jnp.copy, params)  # donated by the steps; the caller's stay valid
+    # Copied, because the steps donate them; with a dtype, or a weak one costs another compilation.
+    params = jax.tree.map(lambda a: jnp.array(a, a.dtype), params)
     return FitState(params, optimiser(spec).init(params))
 
 

@@ -135,8 +135,9 @@ def init_clips(block: Block, setting: BlockSetting) -> tuple[dict[str, Array], d
         if grid := setting[site].weight:
             ranges = functools.partial(weight_range, spec=grid)
             shape = jax.eval_shape(ranges, get_at(block, path).w)[0].shape
-            weights[path] = jnp.full((2, *shape), CLIP_INIT)
-    return weights, {name: jnp.full(2, CLIP_INIT) for name in quantizers(block, setting)}
+            weights[path] = jnp.full((2, *shape), CLIP_INIT, jnp.float32)
+    sites = quantizers(block, setting)
+    return weights, {name: jnp.full(2, CLIP_INIT, jnp.float32) for name in sites}
 
 
 def quantizers(block: Block, setting: BlockSetting) -> dict[str, Any]:

@@ -81,3 +81,10 @@ def test_adamw_decays_by_a_hundredth_of_the_rate_and_a_base_never_moves():
 def test_a_loss_that_is_not_finite_names_the_step():
     with pytest.raises(ValueError, match="step 0 of 5: the loss is nan"):
         run_fit(params(), BATCHES, (), loss=broken, setting=None, spec=FitSpec(5, RATES))
+
+
+def test_the_steps_compile_once_though_parameters_start_as_python_numbers():
+    fit_step.clear_cache()
+    weak = {"slow": {"a": jnp.full(3, 4.0)}, "fast": {"b": jnp.full(3, 4.0)}}
+    run_fit(weak, BATCHES, (), loss=quadratic, setting=1.0, spec=FitSpec(3, RATES))
+    assert fit_step._cache_size() == 1
