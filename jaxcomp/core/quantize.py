@@ -9,6 +9,7 @@ Source: Jacob et al., arXiv 1712.05877, Eq. 1; plain min/max range. Searching a 
 `jaxcomp.solvers.clipping`.
 """
 
+import functools
 from typing import Literal
 
 import jax
@@ -170,7 +171,7 @@ def weight_range(
             f"granularity={spec.granularity!r} is for activations; "
             "a weight takes 'tensor' or 'channel'"
         )
-    low, high = (f(grouped, axis=axes, keepdims=True) for f in (jnp.min, jnp.max))
+    low, high = least(grouped, axes), greatest(grouped, axes)
     return low[..., 0, :], high[..., 0, :]
 
 
@@ -206,7 +207,10 @@ def range_to_grid(low: Array, high: Array, spec: QuantSpec) -> tuple[Array, Arra
 
 def round_to_codes(x: Array, scale: Array, zero_point: Array | None, spec: QuantSpec) -> Array:
     """Nearest code of each entry, int8; `scale` and `zero_point` broadcast against `x`."""
-    return _codes(x, scale, zero_point, spec).astype(jnp.int8)
+    q = jnp.round(x.astype(jnp.float32) / scale)
+    if zero_point is not None:
+        q = q + zero_point.astype(jnp.float32)
+    return jnp.clip(q, spec.qmin, spec.qmax).astype(jnp.int8)
 
 
 def fake_quantize(
@@ -243,38 +247,57 @@ def fake_quantize_with(
     x: Float[Array, "*dims"], scale: Array, zero_point: Array | None, spec: QuantSpec
 ) -> Float[Array, "*dims"]:
     """`fake_quantize` on a given grid, for static ranges; entries outside it saturate."""
-    q = _codes(x, scale, zero_point, spec)
-    if zero_point is not None:
-        q = q - zero_point.astype(jnp.float32)
-    return (q * scale).astype(x.dtype)
+    zero = jnp.zeros((), jnp.float32) if zero_point is None else zero_point.astype(jnp.float32)
+    return _snap(x.astype(jnp.float32), scale, zero, spec).astype(x.dtype)
 
 
 def activation_range(x: Float[Array, "*dims"], spec: QuantSpec) -> tuple[Array, Array]:
     """Least and greatest value of what shares a range: the last axis, or all for "tensor"."""
     axes = tuple(range(x.ndim)) if spec.granularity == "tensor" else (-1,)
-    low, high = (f(x, axis=axes, keepdims=True).astype(jnp.float32) for f in (jnp.min, jnp.max))
-    return low, high
+    return least(x, axes).astype(jnp.float32), greatest(x, axes).astype(jnp.float32)
 
 
-@jax.custom_jvp
-def round_through(x: Array) -> Array:
-    """Rounds half to even; its derivative is 1."""
-    return jnp.round(x)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def greatest(x: Array, axes: tuple[int, ...]) -> Array:
+    """Maximum over `axes`, kept; every entry that attains it has the whole gradient.
+
+    `jnp.max` divides it among them, for which it counts them: one more pass over a large array.
+    """
+    return jnp.max(x, axis=axes, keepdims=True)
 
 
-@round_through.defjvp
-def _(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    return jnp.round(primals[0]), tangents[0]
+@greatest.defjvp
+def _(axes: tuple[int, ...], primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    top = greatest(primals[0], axes)
+    at_top = jnp.where(primals[0] == top, tangents[0], 0)
+    return top, jnp.sum(at_top, axis=axes, keepdims=True)
 
 
-def _codes(x: Array, scale: Array, zero_point: Array | None, spec: QuantSpec) -> Array:
-    """Nearest code of each entry, float32, with the gradient of `fake_quantize`."""
-    q = round_through(x.astype(jnp.float32) / scale)
-    if zero_point is not None:
-        q = q + zero_point.astype(jnp.float32)
-    # `clip` alone has gradient 1/2 at the ends of the range, where every range has an entry.
-    inside = (q >= spec.qmin) & (q <= spec.qmax)
-    return jnp.where(inside, q, jax.lax.stop_gradient(jnp.clip(q, spec.qmin, spec.qmax)))
+def least(x: Array, axes: tuple[int, ...]) -> Array:
+    """Minimum over `axes`, kept, with the gradient of `greatest`."""
+    return -greatest(-x, axes)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _snap(x: Array, scale: Array, zero: Array, spec: QuantSpec) -> Array:
+    """The grid point nearest to x, q·s with q = clip(round(x/s), qmin − z, qmax − z).
+
+    Straight through the rounding, dq = d(x/s) inside the range and 0 outside, and with it
+    d(q·s) = [inside]·dx + (q − [inside]·x/s)·ds. Written out for the sake of one pass over the
+    array where differentiating the product and the quotient takes two.
+    """
+    return jnp.clip(jnp.round(x / scale), spec.qmin - zero, spec.qmax - zero) * scale
+
+
+@_snap.defjvp
+def _(spec: QuantSpec, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    x, scale, zero = primals
+    steps = x / scale
+    rounded = jnp.round(steps)
+    q = jnp.clip(rounded, spec.qmin - zero, spec.qmax - zero)
+    inside = rounded == q
+    to_scale = jnp.where(inside, q - steps, q)
+    return q * scale, jnp.where(inside, tangents[0], 0) + to_scale * tangents[1]
 
 
 def _grouped(w: Array, groups: int) -> Array:

@@ -127,6 +127,11 @@ def transform_rows(
 
 
 @transform_rows.register
+def _(inverse: Diag, w: Array) -> Array:
+    return (w.astype(jnp.float32) * inverse.scale[:, None]).astype(w.dtype)
+
+
+@transform_rows.register
 def _(inverse: Kron, w: Array) -> Array:
     """Both products on W as it lies: transposing it costs more than they do."""
     left, right, (in_ch, out_ch) = inverse.left, inverse.right, w.shape
