@@ -7,6 +7,9 @@ gradient is that of its logarithm.
 Optimiser: AdamW, a learning rate a group of parameters, cosine decay to a floor they share, an
 optional linear warm-up. Weight decay is 0.01, PyTorch's default (optax's own is 1e-4).
 
+Over a mesh the windows of a batch are shared among the devices; parameters are on all of them, and
+all of them make the same update.
+
 Source: FlatQuant's code (arXiv 2410.09426), whose settings are the defaults.
 """
 
@@ -19,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
+
+from jaxcomp.parallel.mesh import Placement, as_replicated
 
 Loss = Callable[..., Float[Array, ""]]  # (params, setting, *batch) → loss
 FROZEN = "frozen"  # a group of parameters that stays as it is
@@ -65,7 +70,7 @@ def fit_step(
     """One update, and the loss before it. `state` is donated.
 
     Args:
-      data: what `loss` takes after the parameters and the setting.
+      data: what `loss` takes after the parameters and the setting; the last one is of a batch.
       loss: a module-level function, being part of the compilation key.
       setting: hashable; equal for blocks that shall share a compilation.
     """
@@ -76,7 +81,8 @@ def fit_step(
 
     grads, value = jax.grad(log_loss, has_aux=True)(state.params)
     updates, inner = optimiser(spec).update(grads, state.optimiser, state.params)
-    return FitState(optax.apply_updates(state.params, updates), inner), value
+    new = FitState(optax.apply_updates(state.params, updates), inner)
+    return as_replicated((new, value), data[-1])
 
 
 @functools.cache
@@ -114,23 +120,24 @@ def run_fit(
     loss: Loss,
     setting: Any,
     spec: FitSpec,
-    place: Callable[[Any], Any] = lambda x: x,
+    place: Placement = Placement(),
 ) -> tuple[dict[str, Any], list[float]]:
     """Fits `params`; returns them and the loss at every step.
 
     Args:
       batches: tuples of host arrays, taken in this order again and again until `spec.steps`.
       fixed: data that precedes a batch's own, such as the block.
-      place: puts a batch on the devices.
+      place: the devices that share a batch.
 
     Raises:
       ValueError: a loss is NaN or infinite; the message names the step.
     """
-    state, losses = fit_init(params, spec), []
+    state, losses = place.replicate(fit_init(params, spec)), []
+    fixed = place.replicate(fixed)
     for i in range(spec.steps):
-        batch = place(batches[i % len(batches)])
+        batch = [place.put(x) for x in batches[i % len(batches)]]
         state, value = fit_step(state, (*fixed, *batch), loss=loss, setting=setting, spec=spec)
         losses.append(float(value))
         if not jnp.isfinite(losses[-1]):
             raise ValueError(f"step {i} of {spec.steps}: the loss is {losses[-1]}")
-    return state.params, losses
+    return place.local(state.params), losses

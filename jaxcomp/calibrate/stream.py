@@ -24,6 +24,7 @@ from typing import IO, Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Int
 
 from jaxcomp.core.metrics import Row
@@ -31,6 +32,7 @@ from jaxcomp.core.store import StoredTree, save_tree
 from jaxcomp.core.tree import named_leaves
 from jaxcomp.models.decoder import Block, Decoder, load_block
 from jaxcomp.models.stream import Hidden, embed_batches, step_batches
+from jaxcomp.parallel.mesh import Placement
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +61,16 @@ class BlockStep:
     Attributes:
       index: position among the blocks, for messages only.
       block: the block with its arrays on the device, in their stored dtypes.
-      hidden: its inputs on the host, one array a batch; empty when the method needs none.
+      hidden: its inputs on the host, one array a batch; empty when the method needs none. With
+        several processes, the rows of each batch that this one holds.
+      place: to be handed to every pass over `hidden`; where it has several processes, a number
+        taken from `hidden` in any other way is this process's own.
     """
 
     index: int
     block: Block
     hidden: Hidden
+    place: Placement = Placement()
 
 
 Visit = Callable[[BlockStep], tuple[Block, Metrics]]
@@ -144,10 +150,19 @@ class Run:
     Attributes:
       store: where finished blocks go; None keeps them in memory and cannot resume.
       progress: told after every block.
+      mesh: devices that share every batch, from `jaxcomp.parallel.data_mesh`. They may belong to
+        several processes, each of which then calls the method with the same model, text and
+        settings, without a store, and gets the same blocks.
     """
 
     store: StepStore | None = None
     progress: Progress | None = None
+    mesh: Mesh | None = None
+
+    @property
+    def place(self) -> Placement:
+        """Between the host and the mesh."""
+        return Placement(self.mesh)
 
 
 class Result(NamedTuple):
@@ -174,27 +189,36 @@ def blockwise(
       inputs: which model produces the inputs of the next block; None streams nothing.
 
     Raises:
-      ValueError: no calibration where one is needed; NaN or infinity in weights or activations.
+      ValueError: no calibration where one is needed; NaN or infinity in weights or activations; a
+        batch that the mesh cannot share; a store where several processes share it.
     """
+    place = run.place
     if inputs and calib is None:
         raise ValueError(f"{name} needs calibration text; give the recipe a CalibSpec as `calib`")
+    if run.store and place.processes > 1:
+        raise ValueError(
+            f"{name} has a store and a mesh over {place.processes} processes, of whose hidden "
+            "states a store keeps only its own; leave the store out, and save what process 0 gets"
+        )
+    if inputs:
+        check_batches(calib, place)
     total = len(model.blocks)
     done, rows = run.store.resume() if run.store else (0, [])
     blocks: list[Any] = [run.store.block(i) for i in range(done)] if run.store else []
     hidden: Hidden = []
     if inputs and done < total:
-        hidden = run.store.hidden(done) if done else _embedded(model, calib)
+        hidden = run.store.hidden(done) if done else _embedded(model, calib, place)
     if run.progress:
         run.progress(name, done, total, rows)
     for index in range(done, total):
         started = time.perf_counter()
         block = jax.device_put(load_block(model.blocks[index]))
         check_finite(block, f"the weights of block {index}")
-        new, metrics = visit(BlockStep(index, block, hidden))
+        new, metrics = visit(BlockStep(index, block, hidden, place))
         if inputs:
             source = jax.device_put(new if inputs == "compressed" else block)
             last = index + 1 == total
-            hidden = [] if last else step_batches(source, hidden)
+            hidden = [] if last else step_batches(source, hidden, place=place)
         seconds = time.perf_counter() - started
         rows = rows + [
             Row(name, index, linear or None, values) for linear, values in metrics.items() if linear
@@ -224,8 +248,24 @@ def check_finite(tree: Any, what: str) -> None:
             )
 
 
-def _embedded(model: Decoder, calib: Calibration) -> Hidden:
-    hidden = embed_batches(model, calib.tokens, calib.batch)
+def check_batches(calib: Calibration, place: Placement) -> None:
+    """Refuses batches that the devices cannot share evenly.
+
+    Raises:
+      ValueError: names the batch, the number of devices and what to set.
+    """
+    samples, n = len(calib.tokens), place.devices
+    if samples >= calib.batch:
+        instead = f"set calib.batch to a multiple of {n}"
+        place.check_batch(calib.batch, "the batch of calibration windows", instead)
+    instead = f"set calib.samples to a multiple of {calib.batch}"
+    place.check_batch(samples % calib.batch, "the last batch of calibration windows", instead)
+
+
+def _embedded(model: Decoder, calib: Calibration, place: Placement) -> Hidden:
+    starts = range(0, len(calib.tokens), calib.batch)
+    shares = [place.share(calib.tokens[i : i + calib.batch]) for i in starts]
+    hidden = [x for tokens in shares for x in embed_batches(model, tokens, len(tokens))]
     check_finite(hidden, "the embedding of the calibration text, batch")
     return hidden
 

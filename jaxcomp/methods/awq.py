@@ -82,6 +82,11 @@ class AWQ:
 
     def __call__(self, model: Decoder, calib: Calibration | None, run: Run = Run()) -> Result:
         self.check(model)
+        if run.place.processes > 1:
+            raise ValueError(
+                f"AWQ searches on windows of the whole text, and {run.place.processes} processes "
+                "hold a part each; give it a mesh over the devices of one process"
+            )
         visit = functools.partial(quantize_block, self)
         return blockwise("AWQ", model, calib, visit, inputs="original", run=run)
 
@@ -171,7 +176,8 @@ def search_scales(
     scales = {}
     if not sites:
         return scales, numbers
-    size = capture(step.block, step.hidden, _init(step.block, sites), magnitude_update, "raw")
+    init = _init(step.block, sites)
+    size = capture(step.block, step.hidden, init, magnitude_update, "raw", step.place)
     for site in sites:
         found = _search(
             step.block, seen.sites[site], size[site], site=site, spec=cfg.weight, grid=cfg.grid

@@ -189,11 +189,12 @@ def fit_block(cfg: FlatQuant, n_blocks: int, step: BlockStep) -> tuple[Block, Me
     block, setting = _float32(step.block), cfg.setting(step.block, step.index, n_blocks)
     amax = {}
     if cfg.learn_scale and cfg.alpha is not None:
-        states = capture(block, step.hidden, _magnitudes(cfg, block), magnitude_update, "raw")
+        init = _magnitudes(cfg, block)
+        states = capture(block, step.hidden, init, magnitude_update, "raw", step.place)
         amax = {site: state.amax for site, state in states.items()}
     params = _init(cfg, block, setting, amax, step.index)
-    targets = step_batches(block, step.hidden)
-    mse = functools.partial(_mse, setting=setting, block=block, x=step.hidden[0], y=targets[0])
+    targets = step_batches(block, step.hidden, place=step.place)
+    mse = functools.partial(_mse, step, setting, block, targets[0])
     numbers: dict[str, Any] = {"mse_rounding": mse(_nothing()), "mse_before": mse(params)}
     if any(params.values()):
         try:
@@ -204,6 +205,7 @@ def fit_block(cfg: FlatQuant, n_blocks: int, step: BlockStep) -> tuple[Block, Me
                 loss=block_loss,
                 setting=setting,
                 spec=_spec(cfg, len(targets)),
+                place=step.place,
             )
         except ValueError as error:
             raise ValueError(
@@ -265,8 +267,12 @@ def _spec(cfg: FlatQuant, batches: int) -> FitSpec:
     return FitSpec(cfg.epochs * batches, tuple(rates.items()), cfg.warmup, cfg.weight_decay)
 
 
-def _mse(params: Params, *, setting: BlockSetting, block: Block, x: Any, y: Any) -> float:
-    return float(_jit_loss(params, block, x, y, setting=setting))
+def _mse(
+    step: BlockStep, setting: BlockSetting, block: Block, target: Any, params: Params
+) -> float:
+    """The loss on the first batch."""
+    x, y = (step.place.put(a) for a in (step.hidden[0], target))
+    return float(_jit_loss(*step.place.replicate((params, block)), x, y, setting=setting))
 
 
 @functools.partial(jax.jit, static_argnames="setting")

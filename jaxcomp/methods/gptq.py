@@ -199,8 +199,10 @@ def _init(cfg: GPTQ, block: Block, wave: list[Read]) -> dict:
 
 
 def _hessians(cfg: GPTQ, step: BlockStep, block: Block, wave: list[Read]) -> dict:
+    if not wave:
+        return {}
     init = _init(cfg, block, wave)
-    states = capture(block, step.hidden, init, hessian_update, _stage(cfg)) if init else {}
+    states = capture(block, step.hidden, init, hessian_update, _stage(cfg), step.place)
     for name, state in states.items():
         if not bool(jnp.isfinite(state.total).all()):
             raise ValueError(

@@ -171,7 +171,8 @@ def put_quantizer(block: Block, name: str, quantizer: ActQuantizer) -> Block:
 
 def measure_ranges(block: Block, grids: dict[str, QuantSpec], step: BlockStep) -> dict[str, Range]:
     """Site → least and greatest value on the calibration text, in the shape its grid shares."""
-    states = capture(block, step.hidden, _range_init(block, grids), range_update, "transformed")
+    init = _range_init(block, grids)
+    states = capture(block, step.hidden, init, range_update, "transformed", step.place)
     found = {}
     for name, state in states.items():
         if not all(bool(jnp.isfinite(edge).all()) for edge in state):

@@ -73,7 +73,8 @@ class SmoothQuant:
 
 def smooth_block(cfg: SmoothQuant, step: BlockStep) -> tuple[Block, Metrics]:
     """Smooths the chosen sites of one block, which computes the same as before."""
-    seen = capture(step.block, step.hidden, _init(cfg, step.block), magnitude_update, "raw")
+    init = _init(cfg, step.block)
+    seen = capture(step.block, step.hidden, init, magnitude_update, "raw", step.place)
     for site, state in seen.items():
         if not bool(jnp.isfinite(state.amax).all()):
             raise ValueError(

@@ -27,6 +27,7 @@ from jaxcomp.models.decoder import (
     iter_blocks,
 )
 from jaxcomp.models.layers import embed_tokens
+from jaxcomp.parallel.mesh import Placement, as_batch
 
 IN_FLIGHT = 2
 
@@ -39,7 +40,7 @@ def block_step(
     block: Block, x: Float[Array, "batch time d_model"]
 ) -> Float[Array, "batch time d_model"]:
     """One block on whole unpadded sequences."""
-    return block_forward(block, x, plain_context(*x.shape[:2]))
+    return as_batch(block_forward(block, x, plain_context(*x.shape[:2])), x)
 
 
 @functools.partial(jax.jit, static_argnames="chunk", donate_argnums=1)
@@ -101,10 +102,17 @@ def run_blocks(
 
 
 def step_batches(
-    block: Block, hidden: Hidden, step: Callable[[Block, Array], Array] = block_step
+    block: Block,
+    hidden: Hidden,
+    step: Callable[[Block, Array], Array] = block_step,
+    place: Placement = Placement(),
 ) -> Hidden:
-    """`step` on every batch, back on the host."""
-    return map_batches(lambda x: np.asarray(step(block, x)), hidden)
+    """`step` on every batch, back on the host; over the devices of `place` if it has any."""
+    if place.mesh is None:
+        return map_batches(lambda x: np.asarray(step(block, x)), hidden)
+    # One at a time: programs that talk must start in the same order on all devices.
+    block = place.replicate(block)
+    return [place.get(step(block, place.put(x))) for x in hidden]
 
 
 def map_batches(f: Callable[..., T], *batches: Iterable) -> list[T]:
