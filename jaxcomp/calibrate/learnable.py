@@ -62,11 +62,13 @@ class BlockSetting:
     Attributes:
       grids: (site, grids at it) for every site with linears, and for k_cache and v_cache.
       shared_quantizer: one activation quantizer a site, or one for each linear that reads it.
+      token_limit: see `block_loss`.
       dtype: of products and activations in the fit; parameters and losses are float32.
     """
 
     grids: tuple[tuple[str, Scheme], ...]
     shared_quantizer: bool = True
+    token_limit: float | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __getitem__(self, site: str) -> Scheme:
@@ -191,6 +193,10 @@ def block_loss(
 ) -> Float[Array, ""]:
     """Mean squared error of the quantized block's output, float32.
 
+    With `setting.token_limit` a token whose update (target − x) has more than so many times the
+    energy of the median token's weighs less in proportion. One massive token otherwise decides the
+    loss of the block that makes it, and the others' errors stay as they were.
+
     Args:
       block: float32 leaves.
       x, target: input and wanted output, `[batch, time, d_model]`.
@@ -199,7 +205,13 @@ def block_loss(
     flat = simulated_weights(params, flat, setting)
     dtype = jnp.dtype(setting.dtype)
     y = block_forward(_cast_weights(flat, dtype), x.astype(dtype), plain_context(*x.shape[:2]))
-    return jnp.mean(jnp.square(y.astype(jnp.float32) - target.astype(jnp.float32)))
+    x, target = x.astype(jnp.float32), target.astype(jnp.float32)
+    error = jnp.mean(jnp.square(y.astype(jnp.float32) - target), axis=-1)
+    if setting.token_limit is None:
+        return jnp.mean(error)
+    update = jnp.mean(jnp.square(target - x), axis=-1)
+    limit = setting.token_limit * jnp.median(update)
+    return jnp.mean(error * jnp.minimum(1.0, limit / jnp.maximum(update, 1e-30)))
 
 
 @functools.partial(jax.jit, static_argnames=("setting", "finish"))

@@ -10,7 +10,8 @@ is `calibrate.fit`. Only P stays online; everything else is folded.
 Source: Sun et al., arXiv 2410.09426, and the authors' code, whose settings are the defaults: AdamW
 with 5e-3 (clipping 5e-2), cosine to 5e-6, 15 epochs in fixed order, batches of 4, the logarithm of
 the mean squared error. Departures: one activation quantizer a site where the code has one for each
-linear (`shared_quantizer=False` for that); those listed in the two files named above.
+linear (`shared_quantizer=False` for that); those listed in the two files named above. `token_limit`
+is ours, off by default.
 """
 
 import dataclasses
@@ -74,6 +75,9 @@ class FlatQuant:
       weight_decay: of AdamW.
       shared_quantizer: one activation quantizer a site; False has one for each linear, as the
         authors' code, which then quantizes q's, k's and v's input separately.
+      token_limit: a token whose update by the block has more than so many times the energy of the
+        median token's counts for less in the loss, so that an attention sink does not decide it;
+        None as published.
       dtype: of products in the fit, "float32" or "bfloat16"; parameters stay float32.
       finish: "round" the weights to codes within their learned ranges; or leave them to a later
         step, "clip"ped to those ranges or as they are ("keep").
@@ -99,6 +103,7 @@ class FlatQuant:
     warmup: int = 0
     weight_decay: float = 0.01
     shared_quantizer: bool = True
+    token_limit: float | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     finish: Finish = "round"
     seed: int = 0
@@ -117,8 +122,8 @@ class FlatQuant:
                 raise ValueError(f"{name}={spec} is static; FlatQuant clips ranges of every token")
         if self.epochs < 1:
             raise ValueError(f"epochs={self.epochs} is below 1")
-        for name in ("lr", "clip_lr"):
-            if getattr(self, name) <= 0:
+        for name in ("lr", "clip_lr", "token_limit"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} is not positive")
 
     @property
@@ -131,7 +136,7 @@ class FlatQuant:
         """What is static about the fit of one block."""
         sites = (*anatomy(block).sites, "k_cache", "v_cache")
         grids = tuple((site, self.scheme.at(site, index, n_blocks)) for site in sites)
-        return BlockSetting(grids, self.shared_quantizer, self.dtype)
+        return BlockSetting(grids, self.shared_quantizer, self.token_limit, self.dtype)
 
     def check(self, model: Decoder) -> None:
         """Raises ValueError where the settings do not fit the model; reads no block."""
@@ -168,7 +173,8 @@ class FlatQuant:
         setting = self.setting(block, 0, 1)
         states = jax.eval_shape(lambda: _magnitudes(self, block))
         shapes = {site: s.amax for site, s in states.items()}
-        params = jax.eval_shape(lambda: _init(self, block, setting, shapes, 0))
+        init = lambda block, amax: _init(self, block, setting, amax, 0)  # noqa: E731
+        params = jax.eval_shape(init, dense, shapes)
         spec, steps = _spec(self, batches), self.epochs * batches
         state = jax.eval_shape(lambda: fit_init(params, spec))
         kinds = dict(loss=block_loss, setting=setting, spec=spec)
@@ -219,10 +225,11 @@ def fit_block(cfg: FlatQuant, n_blocks: int, step: BlockStep) -> tuple[Block, Me
         numbers |= {f"clip_low:{name}": float(low), f"clip_high:{name}": float(high)}
     flat, linears = merge(params, block, setting=setting, finish=cfg.finish)
     metrics: Metrics = {"": numbers}
-    for path, site in anatomy(block).linears.items():
-        metrics[path] = {k: float(v) for k, v in linears.get(path, {}).items()}
+    # A step that leaves the weights to another one has nothing to say about them.
+    for path, site in anatomy(block).linears.items() if cfg.finish == "round" else ():
         grid = setting[site].weight
-        metrics[path]["bits"] = grid.bits if grid else 16
+        metrics[path] = {k: float(v) for k, v in linears.get(path, {}).items()}
+        metrics[path] |= {"bits": grid.bits} if grid else {"skipped": "no grid for it"}
     return _restore_dtypes(flat, step.block), metrics
 
 

@@ -74,6 +74,20 @@ CASES = {
         "then RTN": lambda m, bits: (m(), RTN(QuantSpec(bits), act=Q8, kv=KV8)),
         "everywhere, then GPTQ": lambda m, bits: (m(0.85, EVERY_SITE), GPTQ(QuantSpec(bits))),
     },
+    "FlatQuant": {
+        "round": lambda m, bits: m(QuantSpec(bits), act=Q8, kv=KV8, epochs=2, init="hadamard"),
+        "direct, one quantizer a linear": lambda m, bits: m(
+            QuantSpec(bits, group_size=16, symmetric=False),
+            act=Q8,
+            epochs=2,
+            form="direct",
+            shared_quantizer=False,
+        ),
+        "keep, then GPTQ": lambda m, bits: (
+            m(QuantSpec(bits), act=Q8, kv=KV8, epochs=2, finish="keep"),
+            GPTQ(QuantSpec(bits)),
+        ),
+    },
     "AWQ": {
         "grouped asym": lambda m, bits: m(
             weight=QuantSpec(bits, group_size=16, symmetric=False), grid=5
@@ -108,6 +122,7 @@ CI_CASES = (
     "GPTQ/per-channel act-order",
     "QuaRot/then RTN",
     "SmoothQuant/then RTN",
+    "FlatQuant/round",
     "AWQ/grouped asym",
 )
 GRID = [
