@@ -3,13 +3,16 @@ import io
 import json
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
 from jaxcomp import artefact
-from jaxcomp.core.quantize import QTensor
+from jaxcomp.core.quantize import QTensor, QuantSpec
+from jaxcomp.core.site import ActQuantizer, Site
+from jaxcomp.core.transforms import Diag, Hadamard, Kron
 from jaxcomp.core.tree import named_leaves
 from jaxcomp.report import (
     Report,
@@ -27,6 +30,7 @@ from jaxcomp.report import (
     sizes,
     to_json,
 )
+from jaxcomp.report.structure import site_text
 from jaxcomp.report.style import spread_apart
 from tests import heterogeneous
 
@@ -250,3 +254,16 @@ def test_the_environment_names_versions_and_device():
     found = environment()
     assert found["jax"] and found["numpy"] == np.__version__ and "x" in found["device"]
     assert dataclasses.replace(report(), environment=found) is not None
+
+
+def test_the_structure_names_transforms_and_grids():
+    x = QuantSpec(bits=4, granularity="token", dynamic=True)
+    site = Site(
+        ActQuantizer(x, clip=jnp.ones(2)),
+        (Diag(jnp.ones(24)), Kron(jnp.eye(4), jnp.eye(6)), Hadamard(4, 6), Kron(jnp.eye(4), None)),
+    )
+    found = site_text(site)
+    assert (
+        "Diag 24 → P4 ⊗ P6 → Hadamard 4 ⊗ I6 → P4 ⊗ I → [cyan]int4 per-token sym, clipped" in found
+    )
+    assert site_text(Site()) == "as it is"

@@ -11,6 +11,7 @@ from jaxcomp.core.linear import Linear
 from jaxcomp.core.quantize import QTensor
 from jaxcomp.core.site import Site
 from jaxcomp.core.struct import NODES, is_static
+from jaxcomp.core.transforms import Hadamard, Kron, Transform
 from jaxcomp.models.decoder import Decoder, block_struct
 
 
@@ -50,6 +51,23 @@ def weight_text(weight: Any) -> str:
     return f"{shape} [cyan]{weight.bits} bit[/], {grid}, {sign}"
 
 
+def site_text(site: Site) -> str:
+    """One line about a site: its transforms in order, then its grid."""
+    parts = [_transform_text(t) for t in site.transforms]
+    if (q := site.quantizer) is not None:
+        clip = "" if q.clip is None else ", clipped"
+        parts.append(f"[cyan]{q.spec}{clip}{', as codes' if q.integer else ''}[/]")
+    return " → ".join(parts) or "as it is"
+
+
+def _transform_text(t: Transform) -> str:
+    if isinstance(t, Hadamard):
+        return f"Hadamard {t.order}" + (f" ⊗ I{t.inner}" if t.inner > 1 else "")
+    if isinstance(t, Kron):
+        return " ⊗ ".join("I" if m is None else f"P{m.shape[0]}" for m in (t.left, t.right))
+    return f"Diag {t.scale.shape[0]}"
+
+
 def _add(parent: Tree, name: str, part: Any) -> None:
     if part is None or (isinstance(part, dict) and not part):
         return
@@ -57,10 +75,7 @@ def _add(parent: Tree, name: str, part: Any) -> None:
         bias = "" if part.b is None else ", bias"
         parent.add(f"{name}  {weight_text(part.w)}{bias}")
     elif isinstance(part, Site):
-        quantizer = part.quantizer
-        parent.add(
-            f"{name}  " + ("as it is" if quantizer is None else f"[cyan]{quantizer.spec}[/]")
-        )
+        parent.add(f"{name}  {site_text(part)}")
     elif isinstance(part, QTensor) or hasattr(part, "shape"):
         parent.add(f"{name}  {weight_text(part)}")
     elif isinstance(part, dict):
