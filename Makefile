@@ -8,6 +8,8 @@ PYTEST_ARGS ?= -n 2
 # For instance --index-url URL, where torch should come from an index of its own (a CPU build).
 PIP_TORCH_ARGS ?=
 PROMPT ?= The Atlantic Ocean is
+DEMO := build/demo
+LONG := benchmarks/results/cpu-2core/smollm2_flatquant_w4a4kv4.report.json
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -23,12 +25,17 @@ help:  ## Show this list
 		awk -F ':.*## ' '{ printf "make %-8s %s\n", $$1, $$2 }'
 	@echo "Settings: PYTHON= VENV= PYTEST_ARGS= PIP_TORCH_ARGS= PROMPT="
 
-demo: $(VENV)/.core  ## Compress a small language model, then generate with it and inspect it
-	@if [ -e build/demo ]; then echo "removing build/demo of an earlier run"; rm -rf build/demo; fi
-	@mkdir -p build
-	$(BIN)/jaxcomp compress demo:smollm2 configs/smollm2_gptq_w4g64_demo.py --out build/demo
-	$(BIN)/jaxcomp generate build/demo --prompt "$(PROMPT)"
-	$(BIN)/jaxcomp inspect build/demo
+demo: $(VENV)/.core  ## Four bits everywhere: plain rounding beside FlatQuant, on a small language model
+	@for d in $(DEMO)-rtn $(DEMO); do \
+		if [ -e $$d ]; then echo "removing $$d of an earlier run"; rm -rf $$d; fi; done
+	@mkdir -p $(dir $(DEMO))
+	$(BIN)/jaxcomp compress demo:smollm2 configs/smollm2_rtn_w4a4kv4.py --out $(DEMO)-rtn
+	$(BIN)/jaxcomp compress demo:smollm2 configs/smollm2_flatquant_w4a4kv4_demo.py --out $(DEMO)
+	$(BIN)/jaxcomp generate $(DEMO)-rtn --prompt "$(PROMPT)" --max-tokens 24
+	$(BIN)/jaxcomp generate $(DEMO) --prompt "$(PROMPT)" --max-tokens 24
+	$(BIN)/jaxcomp compare $(DEMO)-rtn $(DEMO) $(LONG)
+	@echo "the last row is the long recipe, configs/smollm2_flatquant_w4a4kv4.py, as measured earlier"
+	@echo "channels before and after: $(DEMO)/flatness.png; errors along depth: $(DEMO)/depth.png"
 
 test: $(VENV)/.dev  ## Run the tests (PYTEST_ARGS="-n 2" by default)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -42,6 +49,7 @@ bench: $(VENV)/.dev  ## Run the benchmarks beside other packages
 	$(BIN)/python benchmarks/peers/eval.py
 	$(BIN)/python benchmarks/peers/gptq.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/calibrate.py
 
 clean:  ## Remove the environment, build products and caches
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

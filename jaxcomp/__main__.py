@@ -125,6 +125,14 @@ def compress(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an older artefact once this one is whole.")
     ] = False,
+    data_parallel: Annotated[
+        bool,
+        typer.Option(
+            "--data-parallel",
+            help="Share every batch of calibration text among all devices of this process; "
+            "calib.batch must be a multiple of their number.",
+        ),
+    ] = False,
     dtype: Dtype = None,
     allow_config: Allow = None,
     traceback: Traceback = False,
@@ -136,8 +144,13 @@ def compress(
         from jaxcomp.report import print_report
 
         chosen = override(load_recipe(recipe), settings or [])
+        common = dict(
+            compute_dtype=dtype or "float32",
+            allow_config=tuple(allow_config or ()),
+            data_parallel=data_parallel,
+        )
         if dry_run:
-            _print_plan(model, chosen, out, overwrite, dtype, tuple(allow_config or ()))
+            _print_plan(model, chosen, out, overwrite, common)
             return
         report = job.compress(
             model,
@@ -145,8 +158,7 @@ def compress(
             out,
             resume=not no_resume,
             overwrite=overwrite,
-            compute_dtype=dtype or "float32",
-            allow_config=tuple(allow_config or ()),
+            **common,
             console=console,
         )
         print_report(report, console)
@@ -454,7 +466,7 @@ def _evaluations(names: list[str], settings: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _print_plan(
-    model: str, recipe: Any, out: pathlib.Path, overwrite: bool, dtype: str | None, allow: tuple
+    model: str, recipe: Any, out: pathlib.Path, overwrite: bool, common: dict[str, Any]
 ) -> None:
     """Reads the structure, the tokenizer and the calibration text, and says what would be done."""
     import rich.table
@@ -466,7 +478,7 @@ def _print_plan(
     console.print(f"[bold]{model}[/] → [bold]{out}[/]", highlight=False)
     console.print_json(json.dumps(recipe_to_json(recipe)))
     table = rich.table.Table("step", "time", "peak memory", title="plan", title_justify="left")
-    steps = job.dry_run(model, recipe, compute_dtype=dtype or "float32", allow_config=allow)
+    steps = job.dry_run(model, recipe, **common)
     for step in steps:
         seconds, peak = step["seconds"], step["peak_bytes"]
         shown = f"{seconds / 60:.1f} min" if seconds else ""
@@ -475,6 +487,7 @@ def _print_plan(
     console.print(
         "a dry run: every program was compiled and timed on zeros, no block was read and nothing "
         "written; evaluations and file access come on top"
+        + ("; times are those of one device" if common["data_parallel"] else "")
     )
 
 

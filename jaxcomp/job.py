@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 import rich.console
 
@@ -29,7 +30,7 @@ import jaxcomp
 from jaxcomp import artefact
 from jaxcomp.calibrate import comparison
 from jaxcomp.calibrate.plan import plan, plan_write
-from jaxcomp.calibrate.stream import Calibration, Run, StepStore, write_whole
+from jaxcomp.calibrate.stream import Calibration, Run, StepStore, check_batches, write_whole
 from jaxcomp.data.batches import evaluation_windows, sample_hash, sample_windows
 from jaxcomp.data.corpora import load_text
 from jaxcomp.evals.perplexity import Perplexity
@@ -39,6 +40,7 @@ from jaxcomp.models.decoder import Decoder
 from jaxcomp.models.execution import use_integer
 from jaxcomp.models.generate import generate_greedy
 from jaxcomp.models.sizes import peak_rss
+from jaxcomp.parallel import Placement, data_mesh
 from jaxcomp.progress import ConsoleProgress
 from jaxcomp.recipe import CalibSpec, Recipe, fingerprint, recipe_to_json
 from jaxcomp.report import Report, draw_pictures, environment, sizes, to_json
@@ -148,6 +150,7 @@ def compress(
     allow_config: Iterable[str] = (),
     before: dict[str, dict[str, float]] | None = None,
     compare: bool = True,
+    data_parallel: bool = False,
     console: rich.console.Console | None = None,
 ) -> Report:
     """Applies `recipe` to the model at `source` and writes the artefact `out`.
@@ -161,22 +164,32 @@ def compress(
       before: what the evaluations give on the model as it is, where the caller knows already.
       compare: lay the model beside the original on one window of the text that the evaluations
         read, or the calibration, for the pictures of error along depth and of flatness.
+      data_parallel: share every batch of calibration windows among all devices of this process.
+        Evaluations stay on one. A run may be continued with another number of devices.
       console: shows progress; None is silent.
 
     Returns:
       The report, which is also `out/report.json`.
 
     Raises:
-      ValueError: bad input of any kind, or unfinished work of another run and `resume`.
+      ValueError: bad input of any kind, or unfinished work of another run and `resume`; one of
+        several processes of a JAX cluster.
     """
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"compress is for one process, and this is one of {jax.process_count()}, which would "
+            "all write the same files; call the methods with Run(mesh=data_mesh()) and save in "
+            "process 0"
+        )
     out = pathlib.Path(out).absolute()
     artefact.check_output(out, overwrite)
+    mesh = data_mesh() if data_parallel else None
     baseline = peak_rss()
     started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     loaded = load(source, compute_dtype=compute_dtype, lazy=True, allow_config=allow_config)
     for step in recipe.steps:
         step.check(loaded.model)
-    calib = calibration(loaded, recipe.calib) if recipe.calib else None
+    calib = _calibration(loaded, recipe, mesh)
     identity = run_identity(loaded, recipe, calib, compute_dtype)
     work = _open_work(out.with_name(out.name + ".partial"), identity, resume)
     progress, seconds = ConsoleProgress(console), {}
@@ -187,7 +200,7 @@ def compress(
         model, rows = loaded.model, []
         for i, step in enumerate(recipe.steps):
             with _timed(seconds, f"{i}: {type(step).__name__}"):
-                run = Run(StepStore(work / f"step.{i}"), progress.step)
+                run = Run(StepStore(work / f"step.{i}"), progress.step, mesh)
                 model, new = step(model, calib, run)
                 rows += new
         original, loaded = loaded.model, dataclasses.replace(loaded, model=model)
@@ -208,7 +221,7 @@ def compress(
         evals_after=after,
         sizes=sizes(model),
         calibration=identity["calibration"],
-        environment=environment(),
+        environment=environment() | ({"data_parallel": mesh.size} if mesh else {}),
         started=started,
         seconds=seconds,
         peak_rss_bytes=peak_rss(),
@@ -255,14 +268,16 @@ def dry_run(
     *,
     compute_dtype: str = "float32",
     allow_config: Iterable[str] = (),
+    data_parallel: bool = False,
 ) -> list[dict[str, Any]]:
     """What each step of `compress` would take: dicts with `step`, `seconds` and `peak_bytes`.
 
     No block is read; see `jaxcomp.calibrate.plan`. The last entry is the writing of the artefact,
-    whose time is not predicted (0.0). Evaluations are not planned.
+    whose time is not predicted (0.0). Evaluations are not planned. With `data_parallel` the batch
+    is checked; time and memory are still those of one device.
     """
     loaded = load(source, compute_dtype=compute_dtype, lazy=True, allow_config=allow_config)
-    calib = calibration(loaded, recipe.calib) if recipe.calib else None
+    calib = _calibration(loaded, recipe, data_mesh() if data_parallel else None)
     steps = plan(loaded.model, recipe.steps, calib)
     return [step._asdict() for step in (*steps, plan_write(loaded.model))]
 
@@ -310,6 +325,17 @@ def calibration(loaded: Loaded, spec: CalibSpec) -> Calibration:
     if bos:
         tokens = np.pad(tokens, ((0, 0), (1, 0)), constant_values=config.bos_token_id)
     return Calibration(tokens, spec.batch)
+
+
+def _calibration(
+    loaded: Loaded, recipe: Recipe, mesh: jax.sharding.Mesh | None
+) -> Calibration | None:
+    """The windows of a recipe, if it has any, in batches that the mesh can share."""
+    if recipe.calib is None:
+        return None
+    calib = calibration(loaded, recipe.calib)
+    check_batches(calib, Placement(mesh))
+    return calib
 
 
 def _open_work(path: pathlib.Path, identity: dict, resume: bool) -> pathlib.Path:

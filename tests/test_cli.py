@@ -99,6 +99,7 @@ def test_compress_hands_everything_to_the_job(config, monkeypatch, tmp_path):
     patched = lambda *args, **kwargs: seen.update(kwargs, args=args) or report  # noqa: E731
     monkeypatch.setattr(job, "compress", patched)
     flags = ["--no-resume", "--overwrite", "--dtype", "bfloat16", "--allow-config", "a"]
+    flags += ["--data-parallel"]
     settings = ["calib.samples=4", "steps.0.weight.bits=3"]
     result = run("compress", "DIR", config, *settings, "--out", tmp_path / "o", *flags)
     assert result.exit_code == 0, result.output
@@ -106,7 +107,7 @@ def test_compress_hands_everything_to_the_job(config, monkeypatch, tmp_path):
     assert (source, out) == ("DIR", tmp_path / "o")
     assert recipe.calib.samples == 4 and recipe.steps[0].weight.bits == 3
     assert not seen["resume"] and seen["overwrite"] and seen["allow_config"] == ("a",)
-    assert seen["compute_dtype"] == "bfloat16"
+    assert seen["compute_dtype"] == "bfloat16" and seen["data_parallel"]
 
 
 def test_a_setting_that_does_not_exist_is_refused_before_the_model_is_read(config, tmp_path):

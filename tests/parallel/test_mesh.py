@@ -9,11 +9,14 @@ import jax
 import numpy as np
 import pytest
 
+import jaxcomp
+from jaxcomp import job
 from jaxcomp.calibrate import Calibration, Run, StepStore, blockwise
 from jaxcomp.core.quantize import QuantSpec
 from jaxcomp.core.tree import named_leaves
 from jaxcomp.methods import AWQ, GPTQ, QuaRot
 from jaxcomp.parallel import Placement, data_mesh
+from jaxcomp.recipe import CalibSpec, Recipe
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -156,3 +159,18 @@ def test_a_method_that_reads_no_text_runs_under_any_mesh():
     model, _ = model_and_calibration()
     run = types.SimpleNamespace(place=Pretended(), store=None, progress=None)
     assert QuaRot()(model, None, run).rows
+
+
+def test_the_main_job_shares_batches_if_asked_and_refuses_several_processes(tmp_path, monkeypatch):
+    source = tiny.checkpoint("llama", jax.random.key(0), tmp_path / "model", num_hidden_layers=1)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(tiny.SENTENCES * 10))
+    recipe = Recipe((GPTQ(QuantSpec(4)),), CalibSpec(str(text), samples=4, length=16, batch=2))
+    report = jaxcomp.compress(source, recipe, tmp_path / "out", data_parallel=True)
+    assert report.environment["data_parallel"] == jax.device_count()
+    monkeypatch.setattr(job, "Placement", lambda mesh: Pretended(mesh))
+    with pytest.raises(ValueError, match="is 2, which 3 devices cannot share evenly"):
+        job.dry_run(source, recipe, data_parallel=True)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="compress is for one process, and this is one of 2"):
+        jaxcomp.compress(source, recipe, tmp_path / "again")
