@@ -277,6 +277,8 @@ def dry_run(
     is checked; time and memory are still those of one device.
     """
     loaded = load(source, compute_dtype=compute_dtype, lazy=True, allow_config=allow_config)
+    for step in recipe.steps:
+        step.check(loaded.model)
     calib = _calibration(loaded, recipe, data_mesh() if data_parallel else None)
     steps = plan(loaded.model, recipe.steps, calib)
     return [step._asdict() for step in (*steps, plan_write(loaded.model))]

@@ -27,6 +27,7 @@ from jaxcomp.parallel.mesh import Placement, as_replicated
 
 Loss = Callable[..., Float[Array, ""]]  # (params, setting, *batch) → loss
 FROZEN = "frozen"  # a group of parameters that stays as it is
+TINY = 1e-30  # of a loss that is 0 already
 FLOOR = 1e-3  # the last learning rate, as a share of the first group's
 WARMUP_START = 0.01
 
@@ -37,8 +38,7 @@ class FitSpec:
 
     Attributes:
       steps: updates in all.
-      lr: learning rate of each group, in the order of their names' appearance in the tree; pairs
-        of (group, rate). The first rate sets the floor.
+      lr: pairs of a group's name and its first learning rate. The first pair sets the floor.
       warmup: steps of linear growth from a hundredth of the rate.
       weight_decay: decoupled, times the learning rate.
     """
@@ -77,7 +77,7 @@ def fit_step(
 
     def log_loss(params: dict) -> tuple[Array, Array]:
         value = loss(params, setting, *data)
-        return value / jax.lax.stop_gradient(value), value
+        return value / jax.lax.stop_gradient(jnp.maximum(value, TINY)), value
 
     grads, value = jax.grad(log_loss, has_aux=True)(state.params)
     updates, inner = optimiser(spec).update(grads, state.optimiser, state.params)

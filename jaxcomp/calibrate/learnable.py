@@ -50,6 +50,7 @@ from jaxcomp.models.decoder import Block, block_forward
 from jaxcomp.solvers.invertible import SVD, Direct, Form, Init, init_matrix, materialize
 from jaxcomp.solvers.kronecker import check_pair, factor_pair
 
+CACHE = ("k_cache", "v_cache")  # their grids are of keys and values, not of linears
 CLIP_INIT = 4.0  # logit: the ratio starts at 0.982
 Params = dict[str, dict[str, Any]]
 Finish = Literal["round", "clip", "keep"]
@@ -77,7 +78,7 @@ class BlockSetting:
     @property
     def quantizes_linears(self) -> bool:
         """Whether any weight or any linear's input has a grid."""
-        return any(g.weight or g.act for _, g in self.grids)
+        return any(g.weight or g.act for site, g in self.grids if site not in CACHE)
 
 
 def factor_shapes(
@@ -92,7 +93,11 @@ def factor_shapes(
       ValueError: a site whose channels have no balanced pair, or a pair that does not fit.
     """
     shapes: dict[str, tuple[int | None, int | None]] = {}
-    attn = block.attn
+    attn, paired = block.attn, [site for site in anatomy(block).sites if site != "attn_out"]
+    if unknown := [site for site in factors if site not in paired]:
+        raise ValueError(
+            f"site {unknown[0]!r} takes no factor pair; those that do are {', '.join(paired)}"
+        )
     for site, part in anatomy(block).sites.items() if setting.quantizes_linears else ():
         channels = get_at(block, part.consumers[0]).w.shape[-2]
         if site == "attn_out":

@@ -38,10 +38,18 @@ from jaxcomp.calibrate.learnable import (
 )
 from jaxcomp.calibrate.plan import BlockPlan, Program, tree_bytes
 from jaxcomp.calibrate.stats import magnitude_init, magnitude_update
-from jaxcomp.calibrate.stream import BlockStep, Calibration, Metrics, Result, Run, blockwise
+from jaxcomp.calibrate.stream import (
+    BlockStep,
+    Calibration,
+    Metrics,
+    Result,
+    Run,
+    blockwise,
+    check_finite,
+)
 from jaxcomp.core.quantize import QTensor, QuantSpec
 from jaxcomp.core.scheme import Override, Scheme
-from jaxcomp.core.tree import get_at
+from jaxcomp.core.tree import get_at, named_leaves
 from jaxcomp.models.anatomy import anatomy, check_grid
 from jaxcomp.models.decoder import Block, Decoder, block_struct
 from jaxcomp.models.stream import block_step, step_batches
@@ -120,8 +128,21 @@ class FlatQuant:
             spec = getattr(self, name)
             if spec is not None and not spec.dynamic:
                 raise ValueError(f"{name}={spec} is static; FlatQuant clips ranges of every token")
+            wanted = "token" if name == "act" else "head"
+            if spec is not None and spec.granularity != wanted:
+                raise ValueError(
+                    f"{name}={spec} has no range of its own a {wanted}; use {wanted!r}"
+                )
+        if self.weight is not None and self.weight.granularity not in ("channel", "tensor"):
+            raise ValueError(f"weight={self.weight} is a grid for activations; use 'channel'")
         if self.epochs < 1:
             raise ValueError(f"epochs={self.epochs} is below 1")
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha={self.alpha} is outside [0, 1]; the authors use 0.3")
+        if self.warmup < 0 or self.weight_decay < 0:
+            raise ValueError(
+                f"warmup={self.warmup} and weight_decay={self.weight_decay} are 0 or more"
+            )
         for name in ("lr", "clip_lr", "token_limit"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} is not positive")
@@ -140,6 +161,7 @@ class FlatQuant:
 
     def check(self, model: Decoder) -> None:
         """Raises ValueError where the settings do not fit the model; reads no block."""
+        self.scheme.check(len(model.blocks))
         if self.weight is not None:
             check_grid(model, self.weight)
         for i, block in enumerate(map(block_struct, model.blocks)):
@@ -149,11 +171,17 @@ class FlatQuant:
                         f"block {i}, {path} is quantized already; FlatQuant needs the weight as it "
                         "was, put it before the step that quantizes"
                     )
-            if done := [name for name, site in block.sites.items() if site.transforms]:
-                raise ValueError(
-                    f"block {i} has a transform at {done[0]} already; transforms of two methods "
-                    "do not go together, use one of them"
-                )
+            for name, site in block.sites.items():
+                if site.transforms:
+                    raise ValueError(
+                        f"block {i} has a transform at {name} already; transforms of two methods "
+                        "do not go together, use one of them"
+                    )
+                if site.quantizer is not None:
+                    raise ValueError(
+                        f"block {i} has a quantizer at {name}, made for what passes there now; put "
+                        "FlatQuant before the step that quantizes, or give it that grid itself"
+                    )
             try:
                 setting = self.setting(block, i, len(model.blocks))
                 factor_shapes(block, setting, dict(self.factors))
@@ -168,15 +196,21 @@ class FlatQuant:
         return blockwise("FlatQuant", model, calib, visit, "original", run)
 
     def plan_block(self, block: Block, hidden: Any, batches: int) -> BlockPlan:
-        """The programs of one block, for a dry run."""
+        """The programs of one block, for a dry run; exceptions by block are not planned."""
+        if self.overrides:
+            everywhere = tuple(rule for rule in self.overrides if not rule.blocks)
+            if everywhere != self.overrides:
+                return dataclasses.replace(self, overrides=everywhere).plan_block(
+                    block, hidden, batches
+                )
         dense = jax.eval_shape(_float32, block)
         setting = self.setting(block, 0, 1)
-        states = jax.eval_shape(lambda: _magnitudes(self, block))
+        states = jax.eval_shape(lambda: _magnitudes(self, block, setting))
         shapes = {site: s.amax for site, s in states.items()}
-        init = lambda block, amax: _init(self, block, setting, amax, 0)  # noqa: E731
-        params = jax.eval_shape(init, dense, shapes)
+        init = functools.partial(_init, self, setting=setting, index=0)
+        params = jax.eval_shape(lambda block, amax: init(block=block, amax=amax), dense, shapes)
         spec, steps = _spec(self, batches), self.epochs * batches
-        state = jax.eval_shape(lambda: fit_init(params, spec))
+        state = jax.eval_shape(lambda p: fit_init(p, spec), params)
         kinds = dict(loss=block_loss, setting=setting, spec=spec)
         programs = [Program(block_step, (dense, hidden), 2 * batches)]
         if states:
@@ -194,10 +228,10 @@ def fit_block(cfg: FlatQuant, n_blocks: int, step: BlockStep) -> tuple[Block, Me
     """Fits one block's transforms to its own outputs and folds them in."""
     block, setting = _float32(step.block), cfg.setting(step.block, step.index, n_blocks)
     amax = {}
-    if cfg.learn_scale and cfg.alpha is not None:
-        init = _magnitudes(cfg, block)
+    if init := _magnitudes(cfg, block, setting):
         states = capture(block, step.hidden, init, magnitude_update, "raw", step.place)
         amax = {site: state.amax for site, state in states.items()}
+        check_finite(amax, f"the activations of block {step.index}, site")
     params = _init(cfg, block, setting, amax, step.index)
     targets = step_batches(block, step.hidden, place=step.place)
     mse = functools.partial(_mse, step, setting, block, targets[0])
@@ -264,8 +298,10 @@ def _scaled(block: Block) -> dict[str, int]:
     return {s: get_at(block, part.consumers[0]).w.shape[-2] for s, part in sites.items()}
 
 
-def _magnitudes(cfg: FlatQuant, block: Block) -> dict:
-    return {s: magnitude_init(n) for s, n in _scaled(block).items()} if cfg.learn_scale else {}
+def _magnitudes(cfg: FlatQuant, block: Block, setting: BlockSetting) -> dict:
+    """Statistics that the first scales need; none where there are no scales."""
+    wanted = cfg.learn_scale and cfg.alpha is not None and setting.quantizes_linears
+    return {s: magnitude_init(n) for s, n in _scaled(block).items()} if wanted else {}
 
 
 def _spec(cfg: FlatQuant, batches: int) -> FitSpec:
@@ -300,6 +336,13 @@ def _check_params(params: Params, index: int) -> dict[str, float]:
     Raises:
       ValueError: a scale is not positive, or a transform nearly singular or not finite.
     """
+    what = f"FlatQuant, block {index}: the fitted parameters"
+    for path, leaf in named_leaves(params).items():
+        if not bool(jnp.isfinite(leaf).all()):
+            raise ValueError(
+                f"{what} at {path} are NaN or infinite; finished blocks are kept, continue with a "
+                "smaller lr, in float32"
+            )
     worst = 1.0
     for site, c in params["scale"].items():
         if not float(jnp.min(c)) > 0:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxcomp.calibrate import Calibration, Run, StepStore, learnable
+from jaxcomp.calibrate.plan import plan
 from jaxcomp.core.quantize import QTensor, QuantSpec
 from jaxcomp.core.scheme import Override
 from jaxcomp.core.tree import named_leaves
@@ -183,6 +184,10 @@ def test_transforms_are_reused_for_weights_or_cache_alone(calib):
         (dict(lr=0.0), "lr=0.0 is not positive"),
         (dict(token_limit=-1.0), "token_limit=-1.0 is not positive"),
         (dict(act=QuantSpec(4, granularity="tensor")), "is static"),
+        (dict(act=QuantSpec(4, granularity="head", dynamic=True)), "use 'token'"),
+        (dict(weight=QuantSpec(4, granularity="token")), "is a grid for activations"),
+        (dict(alpha=7.0), r"alpha=7.0 is outside \[0, 1\]"),
+        (dict(warmup=-1), "warmup=-1 and weight_decay=0.01 are 0 or more"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):
@@ -198,9 +203,22 @@ def test_a_model_it_cannot_take_is_refused_at_the_door(calib):
         FlatQuant(W4)(QuaRot()(model, None).model, calib)
     with pytest.raises(ValueError, match="block 0, site ffn_mid: factor pair"):
         FlatQuant(W4, factors=(("ffn_mid", (7, 7)),))(model, calib)
+    with pytest.raises(ValueError, match=r"block 0 has a quantizer at .*, made for what passes"):
+        FlatQuant(W4)(RTN(None, act=A4)(model).model, calib)
+    with pytest.raises(ValueError, match="an override is for block 99"):
+        FlatQuant(W4, overrides=(Override(blocks=(99,), weight_bits=8),))(model, calib)
+    with pytest.raises(ValueError, match="site 'attn_out' takes no factor pair; those that do"):
+        FlatQuant(W4, factors=(("attn_out", (2, 16)),))(model, calib)
     prime = tiny.model("qwen2", jax.random.key(0), intermediate_size=37)
     with pytest.raises(ValueError, match="site ffn_mid: 37 channels have no balanced Kronecker"):
         FlatQuant(W4)(prime, calib)
+
+
+@pytest.mark.parametrize("overrides", [(), (Override(blocks=(0,), weight_bits=16),)])
+def test_a_dry_run_plans_the_fit(calib, overrides):
+    cfg = FlatQuant(W4, A4, KV4, overrides=overrides, **SHORT)
+    (step,) = plan(outlier_model(), [cfg], calib)
+    assert step.step == "FlatQuant" and step.seconds > 0 and step.peak_bytes > 0
 
 
 def test_too_little_text_is_refused_and_a_ragged_batch_mentioned(calib, caplog):
