@@ -31,10 +31,10 @@ from jaxcomp.core.quantize import (
     range_to_grid,
 )
 from jaxcomp.core.scheme import Override, Scheme, in_block
-from jaxcomp.core.site import ActQuantizer, Site
+from jaxcomp.core.site import CONSUMER_SITES, ActQuantizer, Site
 from jaxcomp.core.tree import get_at, replace_at
 from jaxcomp.models.anatomy import anatomy, check_grid
-from jaxcomp.models.decoder import Block, Decoder
+from jaxcomp.models.decoder import Block, Decoder, block_struct
 from jaxcomp.models.stream import block_step
 from jaxcomp.solvers.clipping import search_range
 
@@ -105,6 +105,19 @@ class RTN:
         self.scheme.check(len(model.blocks))
         if self.weight is not None:
             check_grid(model, self.weight)
+        for i, block in enumerate(map(block_struct, model.blocks)):
+            here = dataclasses.replace(
+                self, overrides=in_block(self.overrides, i, len(model.blocks))
+            )
+            for site in site_grids(here, block):
+                part = anatomy(block).sites.get(site)
+                views = [CONSUMER_SITES.get(path) for path in part.consumers] if part else []
+                for name in (site, *views):
+                    if name in block.sites and block.sites[name].quantizer is not None:
+                        raise ValueError(
+                            f"block {i} has a quantizer at {name} already, and RTN would add one "
+                            f"at {site}; leave that grid out, or start from the model without it"
+                        )
 
     def plan_block(self, block: Block, hidden: Any, batches: int) -> BlockPlan:
         """The programs of one block, for a dry run; exceptions by block are not planned."""

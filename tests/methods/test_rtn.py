@@ -150,3 +150,14 @@ def test_exceptions_hold_where_they_say(model):
 def test_a_grid_that_an_activation_cannot_have_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         RTN(**settings)
+
+
+def test_an_activation_is_not_quantized_twice(model):
+    once = RTN(None, act=TOKEN4)(model).model
+    with pytest.raises(ValueError, match="block 0 has a quantizer at attn_in already, and RTN"):
+        RTN(None, act=TOKEN4)(once)
+    block = once.blocks[0]
+    views = {"q_in": block.sites["attn_in"]}
+    with pytest.raises(ValueError, match="has a quantizer at q_in already, and RTN would add one"):
+        RTN(None, act=TOKEN4)(once.replace(blocks=(block.replace(sites=views),)))
+    RTN(None, kv=HEAD4)(once)  # other sites may get theirs
