@@ -1,7 +1,8 @@
 """FlatQuant W4A4KV4 of SmolLM2-135M in a few minutes: 10 steps of 1,024 tokens a block.
 
 Run: jaxcomp compress demo:smollm2 configs/smollm2_flatquant_w4a4kv4_demo.py --out OUT
-Expect: not measured yet.
+Expect: perplexity 39.35, dense 20.12, after 129 s of fit (2026-11-25, 2 CPU cores, jax 0.10.2;
+`make demo`).
 """
 
 from jaxcomp import CalibSpec, FlatQuant, Perplexity, QuantSpec, Recipe

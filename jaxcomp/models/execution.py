@@ -2,7 +2,8 @@
 
 Simulation rounds an activation to its grid and multiplies floats; integer execution hands the codes
 to the linears, which sum in int32. Which of them happens is said by the quantizers of the block
-(`ActQuantizer.integer`); `use_integer` switches them. Both compute the same function to float32.
+(`ActQuantizer.integer`); `use_integer` switches them. In float32 both compute the same function; in
+bfloat16 simulation also rounds each value of the grid.
 """
 
 import dataclasses

@@ -67,8 +67,6 @@ def test_the_gradient_is_that_of_the_dense_product(t):
     np.testing.assert_allclose(grad, data(seed=5) @ dense.T, rtol=1e-4, atol=1e-4)
 
 
-
-
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_a_bfloat16_activation_stays_one(name):
     x, t = data(), TRANSFORMS[name]
