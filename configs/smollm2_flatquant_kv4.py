@@ -1,7 +1,8 @@
 """FlatQuant of the KV cache alone at 4 bits, of SmolLM2-135M.
 
 Run: jaxcomp compress demo:smollm2 configs/smollm2_flatquant_kv4.py --out OUT
-Expect: not measured yet.
+Expect: perplexity 20.81, dense 20.12, 22.34 without FlatQuant (2026-11-25, 2 CPU cores, jax
+0.10.2).
 """
 
 from jaxcomp import CalibSpec, FlatQuant, Perplexity, QuantSpec, Recipe
@@ -16,8 +17,8 @@ def recipe() -> Recipe:
                 kv=kv,
                 epochs=1,
                 init="hadamard",
-                lr=4e-2,
-                clip_lr=0.4,
+                lr=1e-2,
+                clip_lr=0.1,
                 token_limit=10.0,
             ),
         ),

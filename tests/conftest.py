@@ -3,9 +3,12 @@
 Functions that take JAX arrays take numpy's as well, so for the checks `Array` is either.
 """
 
+import pathlib
+
 import jax
 import jaxtyping
 import numpy as np
+import pytest
 
 NUMERIC = (
     "pallas_kernels",
@@ -29,3 +32,15 @@ NUMERIC = (
 
 jaxtyping.Array = jax.Array | np.ndarray
 jaxtyping.install_import_hook(list(NUMERIC), "beartype.beartype")
+
+
+MAPS = pathlib.Path("/proc/self/maps")
+MANY = 20_000  # Linux allows 65,530 mappings; every compiled program takes a few, for good
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_mappings():
+    """Drops compiled programs before the process runs out of memory mappings and is killed."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY:
+        jax.clear_caches()
