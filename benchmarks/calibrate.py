@@ -65,6 +65,7 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
     from jaxcomp.data.corpora import load_text
     from jaxcomp.methods import FlatQuant, flatquant
     from jaxcomp.models.decoder import load_block
+    from jaxcomp.models.scaling import as_float32
     from jaxcomp.models.stream import embed_batches, step_batches
 
     loaded = job.load("demo:smollm2", lazy=True)
@@ -78,7 +79,7 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
         dtype=task["dtype"],
         alpha=None,
     )
-    block = flatquant._float32(load_block(loaded.model.blocks[0]))
+    block = as_float32(load_block(loaded.model.blocks[0]))
     hidden = embed_batches(loaded.model, windows, task["batch"])
     targets = step_batches(block, hidden)
     setting = cfg.setting(block, 0, 1)

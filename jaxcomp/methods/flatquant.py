@@ -52,6 +52,7 @@ from jaxcomp.core.scheme import Override, Scheme
 from jaxcomp.core.tree import get_at, named_leaves
 from jaxcomp.models.anatomy import anatomy, check_grid
 from jaxcomp.models.decoder import Block, Decoder, block_struct
+from jaxcomp.models.scaling import as_float32, consumer_amax
 from jaxcomp.models.stream import block_step, step_batches
 from jaxcomp.solvers.invertible import Form, Init, condition
 from jaxcomp.solvers.smoothing import flatquant_scale
@@ -203,7 +204,7 @@ class FlatQuant:
                 return dataclasses.replace(self, overrides=everywhere).plan_block(
                     block, hidden, batches
                 )
-        dense = jax.eval_shape(_float32, block)
+        dense = jax.eval_shape(as_float32, block)
         setting = self.setting(block, 0, 1)
         states = jax.eval_shape(lambda: _magnitudes(self, block, setting))
         shapes = {site: s.amax for site, s in states.items()}
@@ -226,7 +227,7 @@ class FlatQuant:
 
 def fit_block(cfg: FlatQuant, n_blocks: int, step: BlockStep) -> tuple[Block, Metrics]:
     """Fits one block's transforms to its own outputs and folds them in."""
-    block, setting = _float32(step.block), cfg.setting(step.block, step.index, n_blocks)
+    block, setting = as_float32(step.block), cfg.setting(step.block, step.index, n_blocks)
     amax = {}
     if init := _magnitudes(cfg, block, setting):
         states = capture(block, step.hidden, init, magnitude_update, "raw", step.place)
@@ -280,8 +281,7 @@ def _init(
         for site, channels in _scaled(block).items():
             params["scale"][site] = jnp.ones(channels)
             if cfg.alpha is not None:
-                weights = [get_at(block, p).w for p in anatomy(block)[site].consumers]
-                w_amax = jnp.max(jnp.stack([jnp.max(jnp.abs(w), axis=1) for w in weights]), axis=0)
+                w_amax = consumer_amax(block, site)
                 params["scale"][site] = flatquant_scale(amax[site], w_amax, cfg.alpha)
     if cfg.learn_clip:
         params["weight_clip"], params["act_clip"] = init_clips(block, setting)
@@ -373,12 +373,6 @@ def _check_windows(calib: Calibration) -> None:
         )
     if samples % calib.batch:
         log.warning("the last batch has %d of %d windows", samples % calib.batch, calib.batch)
-
-
-@jax.jit
-def _float32(block: Block) -> Block:
-    cast = lambda a: a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a  # noqa: E731
-    return jax.tree.map(cast, block)
 
 
 def _restore_dtypes(block: Block, stored: Block) -> Block:
