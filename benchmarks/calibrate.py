@@ -79,7 +79,7 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
         dtype=task["dtype"],
         alpha=None,
     )
-    block = as_float32(load_block(loaded.model.blocks[0]))
+    block = as_float32(jax.device_put(load_block(loaded.model.blocks[0])))
     hidden = embed_batches(loaded.model, windows, task["batch"])
     targets = step_batches(block, hidden)
     setting = cfg.setting(block, 0, 1)
