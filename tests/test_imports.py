@@ -46,7 +46,7 @@ MAY_IMPORT = {
         "jaxcomp.calibrate",
     ),
 }
-ON_TOP = ("jaxcomp.job", "jaxcomp.progress", "jaxcomp.__main__")
+ON_TOP = ("jaxcomp.job", "jaxcomp.progress", "jaxcomp.commands", "jaxcomp.__main__")
 REGISTRIES = ("jaxcomp.methods", "jaxcomp.evals")  # their __init__ alone imports all their files
 
 LOADED_LATE = ("transformers", "datasets", "gguf", "huggingface_hub", "matplotlib", "orbax")
