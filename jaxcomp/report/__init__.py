@@ -11,6 +11,7 @@ from jaxcomp.report.record import (
     environment,
     from_json,
     linear_error,
+    recipe_text,
     to_json,
 )
 from jaxcomp.report.size import sizes
@@ -32,6 +33,7 @@ __all__ = [
     "plot_flatness",
     "plot_report",
     "print_report",
+    "recipe_text",
     "size_table",
     "sizes",
     "structure_tree",

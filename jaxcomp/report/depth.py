@@ -1,7 +1,8 @@
 """The picture of error along depth: of one run, and of several in one plot."""
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxcomp.report.record import Report
@@ -19,6 +20,11 @@ from jaxcomp.report.style import (
 
 LOCAL = "#7fb2dd"
 EXACT = 1e-9  # an error below it is the arithmetic's, not the compression's
+CURVES = {  # of `comparison["depth"]`, in the order they are drawn
+    "energy": "energy of all tokens",
+    "local": "this block alone",
+    "median": "all blocks so far",
+}
 
 
 def plot_depth(report: Report, path: str | os.PathLike) -> None:
@@ -31,28 +37,16 @@ def plot_depth(report: Report, path: str | os.PathLike) -> None:
     if not has_depth(depth):
         why = depth.get("skipped", "it holds no comparison")
         raise ValueError(f"this report has no errors along depth: {why}")
-    tokens, output = report.comparison["tokens"], report.comparison.get("output", {})
-    curves = [
-        ("energy", "energy of all tokens", BEFORE),
-        ("local", "this block alone", LOCAL),
-        ("median", "all blocks so far", AFTER),
-    ]
+    colours = zip(CURVES.items(), (BEFORE, LOCAL, AFTER), strict=True)
     with picture(path, 7.2, 4.2) as figure:
         axis = figure.subplots()
         ends = [
             (_draw(axis, depth[key], colour, 2.0 if key == "median" else 1.3), name, colour)
-            for key, name, colour in curves
+            for (key, name), colour in colours
         ]
         _finish(axis, len(depth["median"]) - 1)
         label_ends(axis, ends)
-        text = (
-            f"‖h′ − h‖² / ‖h‖² of the hidden state behind each block, median of {tokens:,} tokens"
-        )
-        if output:
-            text += (
-                f"\nnext token: KL divergence {number(output['kl']):.3g} nats, "
-                f"the same first choice {number(output['top1']):.0%} of the time"
-            )
+        text = depth_text(report.comparison)
         headline(figure, f"{short_name(report.source)}: error along depth", text)
 
 
@@ -88,10 +82,27 @@ def has_depth(depth: Mapping[str, Any]) -> bool:
     return any(number(error) > EXACT for error in depth.get("median", ()))
 
 
+def visible(errors: Iterable[Any]) -> list[float]:
+    """The errors to draw; NaN where there is none, as before the first block."""
+    values = [number(error) for error in errors]
+    return [value if EXACT < value < math.inf else math.nan for value in values]
+
+
+def depth_text(comparison: Mapping[str, Any]) -> str:
+    """What the curves are, and on a second line what has become of the next token."""
+    tokens, output = comparison["tokens"], comparison.get("output", {})
+    text = f"‖h′ − h‖² / ‖h‖² of the hidden state behind each block, median of {tokens:,} tokens"
+    if output:
+        text += (
+            f"\nnext token: KL divergence {number(output['kl']):.3g} nats, "
+            f"the same first choice {number(output['top1']):.0%} of the time"
+        )
+    return text
+
+
 def _draw(axis: Any, errors: list, colour: str, width: float, style: Any = "-") -> float:
     """Draws one curve; returns where it ends."""
-    values = [number(error) for error in errors]
-    values = [value if value > EXACT else float("nan") for value in values]
+    values = visible(errors)
     axis.plot(
         range(len(values)),
         values,

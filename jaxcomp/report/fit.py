@@ -40,8 +40,8 @@ def plot_fit(report: Report, path: str | os.PathLike) -> None:
     if not rows:
         raise ValueError("no step of this report has a loss curve; there is nothing to draw")
     panels: list[Callable[[Any], None]] = [lambda axis: _draw_losses(axis, rows)]
-    if any({"mse_before", "mse_after"} <= row.metrics.keys() for row in rows):
-        panels.append(lambda axis: _draw_errors(axis, rows))
+    if errors := fit_errors(rows):
+        panels.append(lambda axis: _draw_errors(axis, errors))
     for what, curves in (("activations", site_clips(rows)), ("weights", linear_clips(rows))):
         if curves:
             panels.append(lambda axis, c=curves, w=what: _draw_clips(axis, c, w))
@@ -84,6 +84,29 @@ def linear_clips(rows: list[Row]) -> Curves:
     return curves
 
 
+def fit_errors(rows: list[Row]) -> dict[str, dict[int, float]]:
+    """ "before", "after" and, where all have it, "plain rounding" → block → error of its output."""
+    found = [row for row in rows if {"mse_before", "mse_after"} <= row.metrics.keys()]
+    keys = {"before": "mse_before", "after": "mse_after"}
+    if all("mse_rounding" in row.metrics for row in found):
+        keys["plain rounding"] = "mse_rounding"
+    points = lambda key: {row.block: number(row.metrics[key]) for row in found}  # noqa: E731
+    return {name: points(key) for name, key in keys.items()} if found else {}
+
+
+def clip_band(sides: dict[str, dict[int, float]]) -> dict[int, tuple[float, float, float]]:
+    """Block → the least of its clip factors, their mean, the greatest."""
+    first, *_ = sides.values()
+    both = {block: [p[block] for p in sides.values() if block in p] for block in first}
+    return {block: (min(pair), sum(pair) / len(pair), max(pair)) for block, pair in both.items()}
+
+
+def clip_limits(low: float, high: float) -> tuple[float, float]:
+    """An axis from `low` to `high`, and no less than `SPAN`."""
+    middle, half = (low + high) / 2, max(high - low, SPAN) / 2
+    return middle - half, middle + half
+
+
 def _draw_losses(axis: Any, rows: list[Row]) -> None:
     fits = [row for row in rows if row.metrics.get("loss_curve")]
     for row, colour in zip(fits, shades(DEPTH_AFTER, len(fits)), strict=True):
@@ -109,14 +132,13 @@ def _colour_bar(axis: Any, first: int, last: int) -> None:
     box.spines[:].set_visible(False)
 
 
-def _draw_errors(axis: Any, rows: list[Row]) -> None:
-    found = [row for row in rows if {"mse_before", "mse_after"} <= row.metrics.keys()]
-    blocks = [row.block for row in found]
-    before, after = ([number(r.metrics[k]) for r in found] for k in ("mse_before", "mse_after"))
+def _draw_errors(axis: Any, errors: dict[str, dict[int, float]]) -> None:
+    blocks = list(errors["before"])
+    before, after = ([*errors[when].values()] for when in ("before", "after"))
     axis.vlines(blocks, before, after, color=BEFORE, linewidth=1.2, alpha=0.6)
     ends = [(before[-1], "before", QUIET), (after[-1], "after", AFTER)]
-    if all("mse_rounding" in row.metrics for row in found):
-        rounding = [number(row.metrics["mse_rounding"]) for row in found]
+    if "plain rounding" in errors:
+        rounding = [*errors["plain rounding"].values()]
         axis.plot(blocks, rounding, "_", color=COLOURS[1], markersize=6)
         ends.append((rounding[-1], "plain rounding", COLOURS[1]))
     axis.plot(blocks, before, "o", color=BEFORE, markersize=4)
@@ -132,20 +154,15 @@ def _draw_clips(axis: Any, curves: Curves, what: str) -> None:
     """A band from the factor of the least value to that of the greatest, and their mean."""
     ends = []
     for i, (name, sides) in enumerate(curves.items()):
-        colour, (first, *_) = COLOURS[i % len(COLOURS)], sides.values()
-        both = [[points[block] for points in sides.values() if block in points] for block in first]
-        mean = [sum(pair) / len(pair) for pair in both]
-        axis.fill_between(
-            list(first), [*map(min, both)], [*map(max, both)], color=colour, alpha=0.18, linewidth=0
-        )
-        axis.plot(list(first), mean, color=colour, linewidth=1.4)
+        colour, band = COLOURS[i % len(COLOURS)], clip_band(sides)
+        low, mean, high = zip(*band.values(), strict=True)
+        axis.fill_between(list(band), low, high, color=colour, alpha=0.18, linewidth=0)
+        axis.plot(list(band), mean, color=colour, linewidth=1.4)
         ends.append((mean[-1], name, colour))
     axis.set_title(f"learned clip factors of {what}")
     axis.set_ylabel("share of the range that is kept")
     _finish(axis)
-    low, high = axis.get_ylim()
-    middle, half = (low + high) / 2, max(high - low, SPAN) / 2
-    axis.set_ylim(middle - half, middle + half)
+    axis.set_ylim(clip_limits(*axis.get_ylim()))
     label_ends(axis, ends)
 
 

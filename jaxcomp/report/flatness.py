@@ -47,9 +47,7 @@ def plot_flatness(report: Report, path: str | os.PathLike) -> None:
             for axis, kind in zip(row, KINDS, strict=True):
                 _draw_site(axis, chosen, kind, colours)
         for axis, kind in zip(axes[0], KINDS, strict=True):
-            values = [v for e in entries for w in colours for v in e[kind][w]["channels"]]
-            low, high = min(map(number, values)), max(map(number, values))
-            axis.set_ylim(max(FLOOR, 0.8 * min(low, 0.8)), 1.2 * max(high, 1.5))
+            axis.set_ylim(limits(entries, kind))
             plain_ticks(axis, TICKS)
         for axis in axes[-1]:
             axis.set_xlabel("share of the channels, largest first")
@@ -62,10 +60,37 @@ def plot_flatness(report: Report, path: str | os.PathLike) -> None:
         )
 
 
+def limits(entries: list[dict[str, Any]], kind: str) -> tuple[float, float]:
+    """Where the logarithmic axis of a kind begins and ends, for all its panels."""
+    values = [number(v) for e in entries for w in ("before", "after") for v in curve(e, kind, w)]
+    low, high = min(values), max(values)
+    return max(FLOOR, 0.8 * min(low, 0.8)), 1.2 * max(high, 1.5)
+
+
+def curve(entry: dict[str, Any], kind: str, when: str) -> list[float]:
+    """The channels of one site in one block, evenly spaced along the root of their share."""
+    return [number(value) for value in entry[kind][when]["channels"]]
+
+
+def panel_title(entries: list[dict[str, Any]], kind: str) -> str:
+    """The site, and what is measured there."""
+    behind = "" if kind == "activation" else " of " + ", ".join(entries[0]["consumers"])
+    return f"{entries[0]['site']}: {KINDS[kind]}{behind}"
+
+
+def change_text(entries: list[dict[str, Any]], kind: str) -> str:
+    """The mean flatness before and after."""
+    means = [
+        statistics.fmean(number(entry[kind][when]["flatness"]) for entry in entries)
+        for when in ("before", "after")
+    ]
+    return f"f {means[0]:.2f} → {means[1]:.2f}"
+
+
 def _draw_site(axis: Any, entries: list[dict[str, Any]], kind: str, colours: dict) -> None:
     for when, shade in colours.items():
         for entry in entries:
-            values = [number(value) for value in entry[kind][when]["channels"]]
+            values = curve(entry, kind, when)
             steps = [i / (len(values) - 1) for i in range(len(values))]  # the ranks are squares
             axis.plot(steps, values, color=shade[entry["block"]], linewidth=1.3)
     axis.axhline(1.0, color=QUIET, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
@@ -73,14 +98,8 @@ def _draw_site(axis: Any, entries: list[dict[str, Any]], kind: str, colours: dic
     axis.set_xlim(0, 1)
     axis.set_xticks([share**0.5 for share in SHARES], [f"{share:.0%}" for share in SHARES])
     axis.grid(axis="y")
-    site, means = entries[0]["site"], [_mean_flatness(entries, kind, when) for when in colours]
-    behind = "" if kind == "activation" else " of " + ", ".join(entries[0]["consumers"])
-    axis.set_title(f"{site}: {KINDS[kind]}{behind}")
-    axis.set_title(f"f {means[0]:.2f} → {means[1]:.2f}", loc="right", size=9, color=QUIET)
-
-
-def _mean_flatness(entries: list[dict[str, Any]], kind: str, when: str) -> float:
-    return statistics.fmean(number(entry[kind][when]["flatness"]) for entry in entries)
+    axis.set_title(panel_title(entries, kind))
+    axis.set_title(change_text(entries, kind), loc="right", size=9, color=QUIET)
 
 
 def _legend(figure: Any, colours: dict) -> None:

@@ -4,6 +4,7 @@ import math
 import os
 from typing import Any
 
+from jaxcomp.core.metrics import Row
 from jaxcomp.report.record import Report, linear_error
 from jaxcomp.report.style import AFTER, BEFORE, picture, plot_style, short_name
 
@@ -22,8 +23,7 @@ def plot_report(report: Report, path: str | os.PathLike) -> None:
     Raises:
       ValueError: the report has neither errors nor sizes.
     """
-    rows = [row for row in report.rows if linear_error(row) is not None]
-    rows = [row for row in rows if row.step == rows[-1].step]
+    rows = error_rows(report)
     kinds = list(dict.fromkeys(row.linear for row in rows))
     panels = len(kinds) + bool(report.sizes)
     if not panels:
@@ -35,7 +35,7 @@ def plot_report(report: Report, path: str | os.PathLike) -> None:
         axes = [figure.add_subplot(lines, columns, i + 1) for i in range(panels)]
         title = short_name(report.source)
         if kinds:
-            unit = "output" if "error_after" in rows[0].metrics else "weight"
+            unit = error_unit(rows)
             title += f": {rows[0].step}, relative {unit} error by block"
             for axis, kind in zip(axes, kinds, strict=False):
                 _draw_kind(axis, kind, [row for row in rows if row.linear == kind])
@@ -43,6 +43,26 @@ def plot_report(report: Report, path: str | os.PathLike) -> None:
         figure.suptitle(title, x=0.01, ha="left", size=12)
         if report.sizes:
             _draw_sizes(axes[-1], report.sizes)
+
+
+def error_rows(report: Report) -> list[Row]:
+    """The linears of the last step that reported their errors."""
+    rows = [row for row in report.rows if linear_error(row) is not None]
+    return [row for row in rows if row.step == rows[-1].step]
+
+
+def error_unit(rows: list[Row]) -> str:
+    """What `linear_error` of them is an error of: "output" or "weight"."""
+    return "output" if "error_after" in rows[0].metrics else "weight"
+
+
+def size_parts(size: dict[str, Any]) -> dict[str, int]:
+    """Part of the model (of `PARTS`) → its bytes."""
+    scales = size["scales_bytes"] + size["zero_points_bytes"]
+    embedding = size["embed_bytes"] + size["head_bytes"]
+    # A quantized head is counted as codes and as head; what is left over is never negative.
+    other = max(size["total_bytes"] - size["codes_bytes"] - scales - embedding, 0)
+    return dict(zip(PARTS, (size["codes_bytes"], scales, embedding, other), strict=True))
 
 
 def _draw_kind(axis: Any, kind: str, rows: list) -> None:
@@ -74,14 +94,9 @@ def _share_limits(axes: list, columns: int, unit: str) -> None:
 
 
 def _draw_sizes(axis: Any, size: dict[str, Any]) -> None:
-    scales = size["scales_bytes"] + size["zero_points_bytes"]
-    embedding = size["embed_bytes"] + size["head_bytes"]
-    # A quantized head is counted as codes and as head; what is left over is never negative.
-    other = max(size["total_bytes"] - size["codes_bytes"] - scales - embedding, 0)
-    values = dict(zip(PARTS, (size["codes_bytes"], scales, embedding, other), strict=True))
     axis.bar(0, size["dense16_bytes"] / 1e6, width=0.6, color=BEFORE)
     bottom = 0.0
-    for name, value in values.items():
+    for name, value in size_parts(size).items():
         if value:
             axis.bar(1, value / 1e6, bottom=bottom, width=0.6, color=PARTS[name])
             middle = bottom + value / 2e6

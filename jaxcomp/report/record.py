@@ -95,6 +95,21 @@ def linear_error(row: Row) -> float | None:
     return value if isinstance(value, int | float) else None
 
 
+def recipe_text(recipe: dict[str, Any]) -> str:
+    """The steps of a recipe in few words: "SmoothQuant + RTN W4g64 A8 KV8"."""
+    return " + ".join(map(_step_text, recipe.get("steps", ()))) or "nothing"
+
+
+def _step_text(step: dict[str, Any]) -> str:
+    parts = [step["class"]]
+    for letter, key in (("W", "weight"), ("A", "act"), ("KV", "kv"), ("K", "k"), ("V", "v")):
+        grid = step.get(key)
+        if isinstance(grid, dict) and "bits" in grid:
+            size = f"g{grid['group_size']}" if grid.get("group_size") else ""
+            parts.append(f"{letter}{grid['bits']}{size}")
+    return " ".join(parts)
+
+
 def _finite(data: Any) -> Any:
     if isinstance(data, dict):
         return {key: _finite(value) for key, value in data.items()}

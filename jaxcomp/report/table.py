@@ -141,6 +141,15 @@ def number_text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else escape(str(value))
 
 
+def duration(seconds: float | None) -> str:
+    """Seconds for a reader: "35 s", "2.4 min", "1.3 h"; "" for none."""
+    if not seconds:
+        return ""
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def _cost_line(report: Report) -> str:
     parts = [f"{escape(name)} {seconds:.1f} s" for name, seconds in report.seconds.items()]
     if report.peak_rss_bytes:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from jaxcomp import artefact
-from jaxcomp.report import Report, from_json
+from jaxcomp.report import Report, from_json, recipe_text
 from jaxcomp.studies.results import Line, Number, choose_numbers, facts_of, make_line
 
 
@@ -61,18 +61,3 @@ def read_report(path: str | pathlib.Path) -> Report:
         return from_json(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is no report: {error}") from error
-
-
-def recipe_text(recipe: dict[str, Any]) -> str:
-    """The steps of a recipe in few words: "SmoothQuant + RTN W4g64 A8 KV8"."""
-    return " + ".join(map(_step_text, recipe.get("steps", ()))) or "nothing"
-
-
-def _step_text(step: dict[str, Any]) -> str:
-    parts = [step["class"]]
-    for letter, key in (("W", "weight"), ("A", "act"), ("KV", "kv"), ("K", "k"), ("V", "v")):
-        grid = step.get(key)
-        if isinstance(grid, dict) and "bits" in grid:
-            size = f"g{grid['group_size']}" if grid.get("group_size") else ""
-            parts.append(f"{letter}{grid['bits']}{size}")
-    return " ".join(parts)

@@ -34,7 +34,7 @@ from jaxcomp.studies.output import headline, print_study, write_study, write_tex
 from jaxcomp.studies.results import choose_numbers, facts_of
 from jaxcomp.studies.study import Study, chosen
 
-KEPT = ("report.json", "recipe.json")  # of a run whose artefact is dropped; pictures as well
+KEPT = ("report.json", "report.html", "recipe.json")  # of a dropped artefact; pictures as well
 
 
 def run_study(

@@ -7,7 +7,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from jaxcomp.report.table import number_text, plain_table
+from jaxcomp.report.table import duration, number_text, plain_table
 from jaxcomp.studies.results import Line, Number, spread
 
 
@@ -82,21 +82,15 @@ def plan_table(plans: Iterable[dict[str, Any]], title: str = "") -> Table:
     return table
 
 
-def duration(seconds: float | None) -> str:
-    """Seconds for a reader: "35 s", "2.4 min", "1.3 h"; "" for none."""
-    if not seconds:
-        return ""
-    if seconds < 100:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
 def value_text(values: Iterable[float]) -> str:
     """One value, or mean ± standard deviation of several."""
     mean, deviation = spread(values)
     small = 1e-3 <= abs(mean) < 1e4
     shown = f"{mean:#,.4g}".rstrip(".") if small else number_text(mean)  # 31.40 under 24.31
-    return shown + ("" if deviation is None else f" ± {deviation:.2g}")
+    if deviation is None:
+        return shown
+    deviation = float(f"{deviation:.2g}")
+    return f"{shown} ± {deviation:,.0f}" if deviation >= 10 else f"{shown} ± {deviation:.2g}"
 
 
 def _cells(lines: list[Line], numbers: list[Number]) -> tuple[list[str], list[list[str]]]:
