@@ -46,7 +46,13 @@ MAY_IMPORT = {
         "jaxcomp.calibrate",
     ),
 }
-ON_TOP = ("jaxcomp.job", "jaxcomp.progress", "jaxcomp.commands", "jaxcomp.__main__")
+ON_TOP = (
+    "jaxcomp.job",
+    "jaxcomp.export",
+    "jaxcomp.progress",
+    "jaxcomp.commands",
+    "jaxcomp.__main__",
+)
 REGISTRIES = ("jaxcomp.methods", "jaxcomp.evals")  # their __init__ alone imports all their files
 
 LOADED_LATE = ("transformers", "datasets", "gguf", "huggingface_hub", "matplotlib", "orbax")

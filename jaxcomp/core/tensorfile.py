@@ -143,14 +143,73 @@ def read_into(fd: int, out: np.ndarray, offset: int, what: str) -> None:
         view, offset = view[got:], offset + got
 
 
+class TensorWriter:
+    """A safetensors file that is filled one tensor after another, in any order.
+
+    The header is sorted by name. The data starts at a multiple of 8 and is sorted by the width of
+    an element, widest first, then by name, so that every tensor is aligned although the format
+    has no gaps. The same tensors give the same bytes, in whichever order they come.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        specs: Mapping[str, TensorSpec],
+        metadata: Mapping[str, str] | None = None,
+    ):
+        """Creates the file with its header.
+
+        Args:
+          path: a new file.
+          specs: every tensor that will come.
+          metadata: strings kept in the header.
+
+        Raises:
+          ValueError: a dtype that the format has no name for.
+        """
+        entries, end = {}, 0
+        for name in sorted(specs, key=lambda name: (-np.dtype(specs[name].dtype).itemsize, name)):
+            shape, dtype = tuple(specs[name].shape), np.dtype(specs[name].dtype)
+            if dtype not in WRITTEN:
+                raise ValueError(
+                    f"tensor {name!r} has dtype {dtype}, which safetensors has no byte-wide type "
+                    f"for; convert it to one of {', '.join(sorted(map(str, WRITTEN)))}"
+                )
+            begin, end = end, end + math.prod(shape) * dtype.itemsize
+            offsets = [begin, end]
+            entries[name] = dict(dtype=WRITTEN[dtype], shape=list(shape), data_offsets=offsets)
+        head = {"__metadata__": dict(metadata)} if metadata else {}
+        header = json.dumps(head | dict(sorted(entries.items())), separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)
+        self._waiting = {
+            name: (TensorSpec(tuple(e["shape"]), DTYPES[e["dtype"]][0]), e["data_offsets"][0])
+            for name, e in entries.items()
+        }
+        self._data = 8 + len(header)
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._close = weakref.finalize(self, os.close, self._fd)
+        _write_at(self._fd, len(header).to_bytes(8, "little") + header, 0)
+
+    def write(self, name: str, array: np.ndarray) -> None:
+        """Puts one tensor in its place, once; it must be what was announced."""
+        spec, begin = self._waiting.pop(name)
+        assert (array.shape, array.dtype) == spec, f"{name}: {array.dtype} {array.shape}, {spec}"
+        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        _write_at(self._fd, memoryview(raw), self._data + begin)
+
+    def finish(self) -> None:
+        """Syncs and closes the file, which must be complete."""
+        assert not self._waiting, f"tensors never written: {_some(self._waiting)}"
+        os.fsync(self._fd)
+        self._close()
+
+
 def write_tensors(
     path: str | Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Writes a safetensors file; the same tensors give the same bytes.
 
-    The header is sorted by name. The data starts at a multiple of 8 and is sorted by the width of
-    an element, widest first, then by name, so that every tensor is aligned although the format
-    has no gaps. A temporary sibling is written, synced and renamed: the file is whole or absent.
+    A temporary sibling is written, synced and renamed: the file is whole or absent.
 
     Args:
       path: replaced if it exists.
@@ -161,33 +220,24 @@ def write_tensors(
       ValueError: a dtype that the format has no name for.
     """
     path = Path(path)
-    entries, end = {}, 0
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    for name in order:
-        dtype, shape = np.dtype(tensors[name].dtype), tensors[name].shape
-        if dtype not in WRITTEN:
-            raise ValueError(
-                f"tensor {name!r} has dtype {dtype}, which safetensors has no byte-wide type for; "
-                f"convert it to one of {', '.join(sorted(map(str, WRITTEN)))}"
-            )
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        entries[name] = dict(dtype=WRITTEN[dtype], shape=list(shape), data_offsets=[begin, end])
-    head = {"__metadata__": dict(metadata)} if metadata else {}
-    header = json.dumps(head | dict(sorted(entries.items())), separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
+    specs = {name: TensorSpec(x.shape, np.dtype(x.dtype)) for name, x in tensors.items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            for name in order:
-                array = np.ascontiguousarray(tensors[name])
-                file.write(memoryview(array.reshape(-1).view(np.uint8)))
-            file.flush()
-            os.fsync(file.fileno())
+        file = TensorWriter(temporary, specs, metadata)
+        for name in tensors:
+            file.write(name, np.asarray(tensors[name]))
+        file.finish()
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     _sync_directory(path.parent)
+
+
+def _write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data)
+    while len(view):
+        done = os.pwrite(fd, view[: 1 << 30], offset)  # the system takes at most 2 GiB a call
+        view, offset = view[done:], offset + done
 
 
 def _sync_directory(path: Path) -> None:
