@@ -56,21 +56,27 @@ class Cache:
       positions: RoPE position of the token in each slot.
       valid: True where the slot holds a real token.
       length: slots filled so far.
+      horizon: positions that the sequences may have in the end; a rotary embedding that depends on
+        the length goes by it, so that all keys of a cache agree whenever they came.
     """
 
     layers: tuple[LayerCache, ...]
     positions: Int[Array, "batch capacity"]
     valid: Bool[Array, "batch capacity"]
     length: Int[Array, ""]
+    horizon: Int[Array, ""]
 
 
-def init_cache(layers: tuple[LayerCache, ...], batch: int, capacity: int) -> Cache:
-    """A cache of empty layers in which no slot is filled."""
+def init_cache(
+    layers: tuple[LayerCache, ...], batch: int, capacity: int, horizon: int | None = None
+) -> Cache:
+    """A cache of empty layers in which no slot is filled; without a horizon it is the capacity."""
     return Cache(
         layers,
         jnp.zeros((batch, capacity), jnp.int32),
         jnp.zeros((batch, capacity), bool),
         jnp.zeros((), jnp.int32),
+        jnp.asarray(capacity if horizon is None else horizon, jnp.int32),
     )
 
 

@@ -15,7 +15,7 @@ from jaxcomp.core.linear import Linear, linear
 from jaxcomp.core.site import Tap
 from jaxcomp.core.struct import node, static
 from jaxcomp.kv.cache import LayerCache, append, read_rows
-from jaxcomp.models.layers import RMSNorm, rms_norm
+from jaxcomp.models.layers import JointNorm, RMSNorm, head_norm
 from jaxcomp.models.rope import Rope, rope_tables, rotate
 
 QUERY_TILE = 128  # queries a tile; see the module docstring
@@ -31,7 +31,7 @@ class GQA:
     Attributes:
       q, k, v, o: projections; `q` makes `n_heads · head_dim` channels, k and v
         `n_kv_heads · head_dim`.
-      q_norm, k_norm: normalisation of each head before RoPE (Qwen3), or None.
+      q_norm, k_norm: normalisation before RoPE, of each head or of all together; or None.
       window: a query sees the last `window` positions, its own included; None for all.
       scale: multiplies the scores, usually head_dim^(−1/2).
     """
@@ -40,8 +40,8 @@ class GQA:
     k: Linear
     v: Linear
     o: Linear
-    q_norm: RMSNorm | None = None
-    k_norm: RMSNorm | None = None
+    q_norm: RMSNorm | JointNorm | None = None
+    k_norm: RMSNorm | JointNorm | None = None
     n_heads: int = static(default=1)
     n_kv_heads: int = static(default=1)
     head_dim: int = static(default=64)
@@ -59,6 +59,8 @@ class Context:
       valid: True for real tokens; None when all are.
       slot: first cache slot the call writes; None without a cache.
       key_positions, key_valid: the same facts for every slot of the cache, or None.
+      horizon: positions that the sequences will have in the end, for a rotary embedding that
+        depends on it; None for as many as the call shows.
     """
 
     positions: Int[Array, "batch time"]
@@ -66,6 +68,7 @@ class Context:
     slot: Int[Array, ""] | None = None
     key_positions: Int[Array, "batch capacity"] | None = None
     key_valid: Bool[Array, "batch capacity"] | None = None
+    horizon: Int[Array, ""] | None = None
 
 
 def plain_context(batch: int, time: int) -> Context:
@@ -90,8 +93,8 @@ def attention(
     q = _heads(linear(p.q, tap("q_in", x)), p.head_dim)
     k = _heads(linear(p.k, tap("k_in", x)), p.head_dim)
     v = _heads(linear(p.v, tap("v_in", x)), p.head_dim)
-    q, k = rms_norm(p.q_norm, q), rms_norm(p.k_norm, k)
-    cos, sin = rope_tables(p.rope, p.head_dim, ctx.positions)
+    q, k = head_norm(p.q_norm, q), head_norm(p.k_norm, k)
+    cos, sin = rope_tables(p.rope, p.head_dim, ctx.positions, ctx.horizon)
     q = tap("query", rotate(q, cos, sin))
     k = tap("k_cache", rotate(k, cos, sin))
     v = tap("v_cache", v)

@@ -104,23 +104,27 @@ def extend(
     slots = cache.length + jnp.arange(time)
     key_positions = cache.positions.at[:, slots].set(positions)
     key_valid = cache.valid.at[:, slots].set(valid)
-    ctx = Context(positions, valid, cache.length, key_positions, key_valid)
+    ctx = Context(positions, valid, cache.length, key_positions, key_valid, cache.horizon)
     x = embed_tokens(model.embed, tokens, model.config.compute_dtype)
     layers = []
     for block, layer in zip(iter_blocks(model), cache.layers, strict=True):
         x, layer = block_apply(block, x, ctx, cache=layer)
         layers.append(layer)
     logits = head_logits(model, x[:, -1:] if last_only else x)
-    return logits, Cache(tuple(layers), key_positions, key_valid, cache.length + time)
+    length = cache.length + time
+    return logits, Cache(tuple(layers), key_positions, key_valid, length, cache.horizon)
 
 
-def empty_cache(model: Decoder, batch: int, capacity: int) -> Cache:
-    """A cache for `capacity` tokens of each of `batch` sequences; see `empty_layer`."""
+def empty_cache(model: Decoder, batch: int, capacity: int, horizon: int | None = None) -> Cache:
+    """A cache for `capacity` tokens of each of `batch` sequences; see `empty_layer`.
+
+    `horizon` is the length that the sequences will have, by default the capacity; only rotary
+    embeddings that depend on the length ask for it.
+    """
     dtype = model.config.compute_dtype
     structs = map(block_struct, model.blocks)
-    return init_cache(
-        tuple(empty_layer(b, batch, capacity, dtype) for b in structs), batch, capacity
-    )
+    layers = tuple(empty_layer(b, batch, capacity, dtype) for b in structs)
+    return init_cache(layers, batch, capacity, horizon)
 
 
 def empty_layer(block: Block, batch: int, capacity: int, dtype: Any) -> LayerCache:

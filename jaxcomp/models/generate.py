@@ -54,7 +54,8 @@ def generate_greedy(
     pad = -time % BUCKET
     valid = np.ones((batch, time), bool) if valid is None else valid
     tokens, valid = (np.pad(a, ((0, 0), (pad, 0))) for a in (tokens, valid))
-    cache = empty_cache(model, batch, time + pad + max_tokens + (-max_tokens % BUCKET))
+    capacity, horizon = time + pad + max_tokens + (-max_tokens % BUCKET), time + max_tokens
+    cache = empty_cache(model, batch, capacity, horizon)
     token, cache = _next_token(model, jnp.asarray(tokens, jnp.int32), cache, jnp.asarray(valid))
     out, over = [], np.zeros(batch, bool)
     while True:

@@ -28,6 +28,22 @@ def rms_norm(
 
 
 @node
+class JointNorm:
+    """Queries or keys normalised over the channels of all heads together (OLMo-2)."""
+
+    norm: RMSNorm
+
+
+def head_norm(
+    p: RMSNorm | JointNorm | None, x: Float[Array, "*dims heads head_dim"]
+) -> Float[Array, "*dims heads head_dim"]:
+    """Normalises every head by itself, or all heads together where `p` is a `JointNorm`."""
+    if isinstance(p, JointNorm):
+        return rms_norm(p.norm, x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
+    return rms_norm(p, x)
+
+
+@node
 class Embed:
     """Token embedding; `scale` multiplies what is read from it."""
 

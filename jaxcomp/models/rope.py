@@ -1,11 +1,16 @@
 """Rotary position embedding with the scalings found in checkpoints.
 
 Angles: a[t, i] = position[t] · f[i], f[i] = theta^(−2i/d). Scalings change f (and, for YaRN, the
-magnitude of cos and sin). The half-split form is used: channels i and i + d/2 form a pair.
+magnitude of cos and sin). The half-split form is used: channels i and i + d/2 form a pair. Where
+only a share of a head turns, d is the number of its first channels that do.
+
+Dynamic NTK and LongRoPE choose f by the length of the sequence. A key in a cache keeps the f it was
+turned with, so a sequence must have one f for all its tokens: see `Context.horizon`.
 
 Source: Su et al., arXiv 2104.09864; linear: Chen et al., arXiv 2306.15595; dynamic NTK and YaRN:
-Peng et al., arXiv 2309.00071; llama3: the Llama 3.1 release. Where papers leave freedom,
-transformers' `modeling_rope_utils` is followed, so that logits agree with it.
+Peng et al., arXiv 2309.00071; llama3: the Llama 3.1 release; LongRoPE: Ding et al., arXiv
+2402.13753. Where papers leave freedom, transformers' `modeling_rope_utils` is followed, so that
+logits agree with it.
 """
 
 import math
@@ -27,14 +32,17 @@ class Rope:
       theta: base of the geometric frequency series.
       kind: how frequencies are scaled for contexts beyond `original_context`.
       factor: context extension factor.
-      original_context: training context before extension, in tokens ("dynamic", "llama3", "yarn").
+      original_context: training context before extension, in tokens (not "default", "linear").
       low_freq_factor, high_freq_factor: borders of the llama3 ramp, in turns per context.
       beta_fast, beta_slow, truncate: borders of the YaRN ramp, in turns per context.
-      attention_factor: multiplies cos and sin (YaRN).
+      attention_factor: multiplies cos and sin (YaRN, LongRoPE).
+      short_factors, long_factors: divisors of the frequencies of sequences up to and beyond
+        `original_context` (LongRoPE), one a channel pair.
+      partial: share of a head's channels that turn, the first ones; the others pass.
     """
 
     theta: float
-    kind: Literal["default", "linear", "dynamic", "llama3", "yarn"] = "default"
+    kind: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"] = "default"
     factor: float = 1.0
     original_context: int = 0
     low_freq_factor: float = 1.0
@@ -43,23 +51,39 @@ class Rope:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    partial: float = 1.0
+
+
+def turned_channels(rope: Rope, head_dim: int) -> int:
+    """How many of a head's channels turn, as transformers rounds it."""
+    return int(head_dim * rope.partial)
 
 
 def rope_tables(
-    rope: Rope, head_dim: int, positions: Int[Array, "batch time"]
+    rope: Rope,
+    head_dim: int,
+    positions: Int[Array, "batch time"],
+    horizon: Int[Array, ""] | None = None,
 ) -> tuple[Float[Array, "batch time half"], Float[Array, "batch time half"]]:
-    """cos and sin of the angles at `positions`, float32, `half = head_dim / 2`.
+    """cos and sin of the angles at `positions`, float32, `half` of the channels that turn.
 
     The loop over frequencies keeps XLA from fusing the tables into the rotation, where it would
     compute every cosine anew for every head.
+
+    Args:
+      horizon: length of the sequences, for frequencies that depend on it; by default that of the
+        longest one as the positions show it.
     """
     positions = positions.astype(jnp.float32)
+    length = jnp.max(positions) + 1 if horizon is None else horizon.astype(jnp.float32)
 
     def one(frequency: Array) -> tuple[Array, Array]:
         angles = positions * frequency
         return jnp.cos(angles), jnp.sin(angles)
 
-    tables = jax.lax.map(one, jnp.asarray(_frequencies(rope, head_dim, positions)))
+    tables = jax.lax.map(one, jnp.asarray(_frequencies(rope, head_dim, length)))
     cos, sin = (jnp.moveaxis(t, 0, -1) * rope.attention_factor for t in tables)
     return cos, sin
 
@@ -69,21 +93,27 @@ def rotate(
     cos: Float[Array, "batch time half"],
     sin: Float[Array, "batch time half"],
 ) -> Float[Array, "batch time heads head_dim"]:
-    """Turns each channel pair (i, i + head_dim/2) by its angle, in float32."""
-    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    """Turns each channel pair (i, i + half) by its angle, in float32; the rest of a head passes."""
+    half = cos.shape[-1]
+    x1, x2, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+    parts = [x1 * cos - x2 * sin, x2 * cos + x1 * sin]
+    parts += [rest] if rest.shape[-1] else []
+    return jnp.concatenate(parts, axis=-1).astype(x.dtype)
 
 
-def _frequencies(rope: Rope, dim: int, positions: Array) -> Array | np.ndarray:
-    base = rope.theta
+def _frequencies(rope: Rope, head_dim: int, length: Array) -> Array | np.ndarray:
+    base, dim = rope.theta, turned_channels(rope, head_dim)
     exponent = np.arange(0, dim, 2, dtype=np.float64) / dim
-    if rope.kind == "dynamic":  # the base grows with the longest position seen so far
-        length = jnp.maximum(jnp.max(positions) + 1, rope.original_context).astype(jnp.float32)
+    if rope.kind == "dynamic":  # the base grows with the sequence
+        length = jnp.maximum(length, rope.original_context).astype(jnp.float32)
         stretch = rope.factor * length / rope.original_context - (rope.factor - 1)
         grown = base * stretch ** (dim / (dim - 2))
         return grown ** jnp.asarray(-exponent, jnp.float32)
     freq = base**-exponent
+    if rope.kind == "longrope":
+        divided = (freq / np.asarray(f) for f in (rope.long_factors, rope.short_factors))
+        return jnp.where(length > rope.original_context, *(f.astype(np.float32) for f in divided))
     if rope.kind == "linear":
         freq = freq / rope.factor
     elif rope.kind == "llama3":

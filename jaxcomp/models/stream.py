@@ -58,7 +58,7 @@ def cached_block_step(
     def feed(layer: LayerCache, piece: tuple[Array, Array]) -> tuple[LayerCache, Array]:
         x, slot = piece
         here = jax.lax.dynamic_slice_in_dim(slots, slot, chunk, axis=1)
-        ctx = Context(here, None, slot, slots, ones)
+        ctx = Context(here, None, slot, slots, ones, jnp.int32(time))
         y, layer = block_apply(block, x, ctx, cache=layer)
         return layer, y
 

@@ -48,8 +48,9 @@ def quantized(model, k=None, v=None):
 
 def through_cache(model, tokens, pieces, valid=None):
     """Logits of the tokens fed to a cache piece by piece, the last ones one at a time."""
-    cache, out, start = empty_cache(model, len(tokens), tokens.shape[1] + 3), [], 0
-    for n in (*pieces, *[1] * (tokens.shape[1] - sum(pieces))):
+    time = tokens.shape[1]
+    cache, out, start = empty_cache(model, len(tokens), time + 3, horizon=time), [], 0
+    for n in (*pieces, *[1] * (time - sum(pieces))):
         part = slice(start, start + n)
         mask = None if valid is None else valid[:, part]
         logits, cache = extend_jit(model, tokens[:, part], cache, mask)

@@ -17,7 +17,7 @@ from jaxcomp.models.decoder import (
     map_blocks,
 )
 from jaxcomp.models.families import FAMILIES
-from jaxcomp.models.layers import RMSNorm, embed_tokens, rms_norm
+from jaxcomp.models.layers import JointNorm, RMSNorm, embed_tokens, head_norm, rms_norm
 from tests import tiny
 
 logits_of, extend_jit = jax.jit(forward), jax.jit(extend)
@@ -86,6 +86,17 @@ def test_attention_agrees_with_its_definition_for_every_tiling(
     run = jax.jit(lambda x: attention_module.attention(attn, x, ctx, lambda _, h: h)[0])
     y = run(x)
     np.testing.assert_allclose(np.asarray(y)[valid], oracle(attn, x, valid)[valid], atol=1e-5)
+
+
+def test_one_norm_over_all_heads_is_the_norm_of_the_projection():
+    x = np.random.default_rng(0).standard_normal((2, 3, 4, 8)).astype(np.float32)
+    weight = np.random.default_rng(1).standard_normal(32).astype(np.float32)
+    p = RMSNorm(weight, 1e-5)
+    joint = head_norm(JointNorm(p), x)
+    np.testing.assert_array_equal(joint, rms_norm(p, x.reshape(2, 3, 32)).reshape(x.shape))
+    each = head_norm(RMSNorm(weight[:8], 1e-5), x)
+    assert np.abs(each / weight[:8] - joint / weight.reshape(4, 8)).max() > 0.01
+    assert head_norm(None, x) is x
 
 
 def test_long_sequences_get_larger_tiles_and_the_same_result(model, monkeypatch):
@@ -195,7 +206,7 @@ def test_mapping_blocks_keeps_one_in_memory_and_stores_each_result(stored, model
 def test_a_cache_filled_in_pieces_gives_the_logits_of_the_whole(family):
     model = tiny.model(family, jax.random.key(0))
     tokens = tiny.tokens(jax.random.key(1), 2, 12)
-    cache, out = empty_cache(model, 2, 16), []
+    cache, out = empty_cache(model, 2, 16, horizon=12), []
     for piece in (tokens[:, :4], tokens[:, 4:8], tokens[:, 8:]):
         logits, cache = extend_jit(model, piece, cache)
         out.append(logits)

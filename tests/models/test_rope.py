@@ -1,10 +1,11 @@
+import dataclasses
 import math
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcomp.models.rope import Rope, rope_tables, rotate
+from jaxcomp.models.rope import Rope, rope_tables, rotate, turned_channels
 
 DIM = 16
 POSITIONS = np.array([[0, 1, 5, 17, 63, 200]])
@@ -14,6 +15,14 @@ KINDS = {
     "dynamic": Rope(theta=1e4, kind="dynamic", factor=2.0, original_context=64),
     "llama3": Rope(theta=5e5, kind="llama3", factor=8.0, original_context=64),
     "yarn": Rope(theta=1e4, kind="yarn", factor=4.0, original_context=64, attention_factor=1.1),
+    "longrope": Rope(
+        theta=1e4,
+        kind="longrope",
+        original_context=64,
+        short_factors=tuple(1 + i / 20 for i in range(DIM // 2)),
+        long_factors=tuple(1 + i**1.5 for i in range(DIM // 2)),
+        attention_factor=1.2,
+    ),
 }
 
 
@@ -23,6 +32,8 @@ def frequency(rope, i, longest):
     if rope.kind == "dynamic" and longest > original:
         base *= (rope.factor * longest / original - (rope.factor - 1)) ** (DIM / (DIM - 2))
     f = base ** (-2 * i / DIM)
+    if rope.kind == "longrope":
+        return f / (rope.long_factors if longest > original else rope.short_factors)[i]
     if rope.kind == "linear":
         return f / rope.factor
     if rope.kind == "llama3":
@@ -64,6 +75,35 @@ def test_dynamic_scaling_does_nothing_within_the_original_context():
     positions = jnp.arange(64)[None]
     tables = [rope_tables(KINDS[k], DIM, positions) for k in ("dynamic", "default")]
     np.testing.assert_allclose(*tables, atol=1e-5)
+
+
+def test_longrope_takes_the_long_factors_one_token_beyond_the_original_context():
+    rope, default = KINDS["longrope"], KINDS["default"]
+    for longest, factors in ((64, rope.short_factors), (65, rope.long_factors)):
+        found, _ = rope_tables(rope, DIM, jnp.array([[1, longest - 1]]))
+        plain = default.theta ** (-2 * np.arange(DIM // 2) / DIM)
+        np.testing.assert_allclose(found[0, 0], 1.2 * np.cos(plain / factors), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_horizon_stands_for_the_length_of_the_whole_sequence(kind):
+    whole = rope_tables(KINDS[kind], DIM, jnp.arange(100)[None])
+    part = rope_tables(KINDS[kind], DIM, jnp.arange(10)[None], jnp.int32(100))
+    alone = rope_tables(KINDS[kind], DIM, jnp.arange(10)[None])
+    for a, b, c in zip(whole, part, alone, strict=True):
+        np.testing.assert_allclose(b, a[:, :10], atol=1e-5)
+        assert np.abs(c - b).max() > 1e-3
+
+
+def test_the_rest_of_a_head_passes_where_a_share_of_it_turns():
+    x = np.random.default_rng(2).standard_normal((1, 6, 2, DIM)).astype(np.float32)
+    rope = dataclasses.replace(KINDS["default"], partial=0.5)
+    cos, sin = rope_tables(rope, DIM, jnp.asarray(POSITIONS))
+    assert cos.shape[-1] == DIM // 4 and turned_channels(rope, DIM) == DIM // 2
+    y, half = rotate(x, cos, sin), DIM // 2
+    np.testing.assert_array_equal(y[..., half:], x[..., half:])
+    whole = rotate(x[..., :half], *rope_tables(KINDS["default"], half, jnp.asarray(POSITIONS)))
+    np.testing.assert_array_equal(y[..., :half], whole)
 
 
 def test_pairs_are_turned_as_complex_numbers():
