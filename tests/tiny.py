@@ -1,8 +1,10 @@
 """Every family at 2 blocks and d_model 32: configs, random models, tokens, checkpoints on disk.
 
 The numbers are chosen to trip code that assumes too much: grouped heads everywhere, a head_dim
-that is not d_model / n_heads (qwen3, mistral), tied (llama, qwen2) and untied heads, a window
-below the sequence length (mistral), biases (qwen2).
+that is not d_model / n_heads (qwen3, mistral, gemma3_text), tied (llama, qwen2, gemma3_text) and
+untied heads, a window below the sequence length in every block (mistral) or in the first
+(gemma3_text), biases (qwen2), a scale that is not head_dim^(−1/2) (gemma3_text), a head that turns
+in part by frequencies that change within the sequence length (phi3).
 """
 
 import json
@@ -17,6 +19,8 @@ from jaxcomp.core.tensorfile import write_tensors
 from jaxcomp.core.tree import named_leaves
 from jaxcomp.models.decoder import Decoder
 from jaxcomp.models.families import FAMILIES, Param, template_of
+from jaxcomp.models.families.template import stored_tensors
+from jaxcomp.models.layers import RMSNorm
 
 VOCAB = 320
 COMMON = dict(
@@ -40,6 +44,27 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mistral": dict(head_dim=16, sliding_window=8),
     "qwen2": dict(tie_word_embeddings=True, use_sliding_window=False),
     "qwen3": dict(head_dim=16, attention_bias=False),
+    "gemma3_text": dict(
+        head_dim=16,
+        hidden_act=None,
+        hidden_activation="gelu_pytorch_tanh",
+        query_pre_attn_scalar=24,
+        sliding_window=8,
+        sliding_window_pattern=2,
+        rope_theta=1_000_000.0,
+        rope_local_base_freq=10_000.0,
+        tie_word_embeddings=None,
+    ),
+    "olmo2": dict(attention_bias=False),
+    "phi3": dict(
+        head_dim=8,
+        partial_rotary_factor=0.75,
+        original_max_position_embeddings=12,
+        pad_token_id=1,
+        rope_scaling=dict(
+            type="longrope", short_factor=[1.0, 1.1, 1.3], long_factor=[1.0, 2.0, 5.0]
+        ),
+    ),
 }
 SENTENCES = [
     "The Atlantic Ocean is the second largest of the five oceans of the world.",
@@ -49,17 +74,20 @@ SENTENCES = [
 
 
 def hf_config(family: str, **overrides: Any) -> dict[str, Any]:
-    """The `config.json` of a tiny model; an override of None removes the field."""
+    """The `config.json` of a tiny model; a value of None removes the field."""
     names = {"architectures": [FAMILIES[family].ARCHITECTURE], "model_type": family}
     config = names | COMMON | CONFIGS[family] | overrides
-    return {k: v for k, v in config.items() if v is not None or k not in overrides}
+    return {k: v for k, v in config.items() if v is not None}
 
 
 def model(family: str, key: jax.Array, **overrides: Any) -> Decoder:
     """A random model in float32: norms around 1, weights of variance 1/in_ch."""
     template = template_of(hf_config(family, **overrides))
     rng = _generator(key)
-    return jax.tree.map(lambda param: jnp.asarray(_draw(param, rng)), template)
+    drawn = jax.tree.map(lambda param: jnp.asarray(_draw(param, rng)), template)
+    is_norm = lambda p: isinstance(p, RMSNorm)  # noqa: E731
+    as_stored = lambda p: p.replace(weight=p.weight - p.offset) if is_norm(p) else p  # noqa: E731
+    return jax.tree.map(as_stored, drawn, is_leaf=is_norm)
 
 
 def tokens(key: jax.Array, batch: int = 2, time: int = 16) -> jax.Array:
@@ -90,9 +118,13 @@ def hf_tensors(
     family: str, key: jax.Array, dtype: str = "float32", **overrides: Any
 ) -> dict[str, np.ndarray]:
     """The tensors of `model(family, key)` as Hugging Face names and orients them."""
-    params = named_leaves(template_of(hf_config(family, **overrides)))
     arrays = named_leaves(model(family, key, **overrides))
-    stored = {p.name: arrays[path].T if p.transpose else arrays[path] for path, p in params.items()}
+    stored = {
+        name: np.concatenate(
+            [arrays[at].T if p.transpose else arrays[at] for at, p in parts.items()]
+        )
+        for name, parts in stored_tensors(template_of(hf_config(family, **overrides))).items()
+    }
     return {name: np.asarray(jnp.asarray(x, dtype)) for name, x in stored.items()}
 
 

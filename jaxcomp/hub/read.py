@@ -20,7 +20,6 @@ import numpy as np
 
 from jaxcomp.core.files import sha256_file
 from jaxcomp.core.tensorfile import TensorSpec
-from jaxcomp.core.tree import named_leaves
 from jaxcomp.hub.directory import companions, open_tensors, read_json
 from jaxcomp.hub.gguf import GGUFFile
 from jaxcomp.hub.gguf_model import GGUFTensors
@@ -28,6 +27,7 @@ from jaxcomp.hub.gguf_model import hf_config as gguf_config
 from jaxcomp.hub.locate import locate
 from jaxcomp.models.decoder import Block, Decoder
 from jaxcomp.models.families import Param, template_of
+from jaxcomp.models.families.template import stored_shape, stored_tensors
 
 FLOATS = ("float32", "bfloat16", "float16")  # dtypes a weight may be stored in
 CHUNK = 2**20  # elements read at a time: a transposed tensor is never in memory twice
@@ -137,12 +137,13 @@ def fill(template: Any, source: TensorSource) -> Any:
 
 
 def read_param(param: Param, source: TensorSource) -> np.ndarray:
-    """One tensor in our layout, contiguous, in its stored dtype."""
+    """One leaf in our layout, contiguous, in its stored dtype."""
     out = _aligned(param.shape, source.specs[param.name].dtype)
     view = out.T if param.transpose else out
-    step = _step(view.shape)
+    step, first = _step(view.shape), param.first_row
     for start in range(0, len(view), step):
-        view[start : start + step] = source.rows(param.name, start, start + step)
+        stop = min(start + step, len(view))
+        view[start:stop] = source.rows(param.name, first + start, first + stop)
     return out
 
 
@@ -153,7 +154,7 @@ def reconcile(template: Decoder, source: TensorSource) -> None:
       ValueError: a tensor is missing, unknown, of another shape or not of a float type; or a tied
         model has a head of its own.
     """
-    wanted = {param.name: param for param in named_leaves(template).values()}
+    wanted = stored_tensors(template)
     unknown = [n for n in source.specs if n not in wanted and not n.endswith(BUFFERS)]
     missing = [name for name in wanted if name not in source.specs]
     if template.lm_head is None and "lm_head.weight" in unknown and not missing:
@@ -167,12 +168,12 @@ def reconcile(template: Decoder, source: TensorSource) -> None:
             f"{len(template.blocks)} blocks; {'; '.join(told)}. The config and the weights must be "
             "of one model: download both again, or correct the config"
         )
-    for name, param in wanted.items():
-        spec = source.specs[name]
-        if spec.shape != param.stored_shape:
+    for name, params in wanted.items():
+        spec, shape = source.specs[name], stored_shape(params)
+        if spec.shape != shape:
             raise ValueError(
                 f"{source.where}: tensor {name!r} has shape {list(spec.shape)} and the config "
-                f"makes it {list(param.stored_shape)}; correct the config or download the weights "
+                f"makes it {list(shape)}; correct the config or download the weights "
                 "again"
             )
         if spec.dtype.name not in FLOATS:

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 KEY = jax.random.key(0)
-TOLERANCE = 1e-4  # of the range of the logits
+TOLERANCE = 1e-5  # of the range of the logits
 LINEAR = dict(rope_type="linear", factor=2.0)
 DYNAMIC = dict(rope_type="dynamic", factor=2.0)
 LLAMA3 = dict(

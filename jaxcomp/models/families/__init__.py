@@ -1,7 +1,8 @@
 """Model families: from a Hugging Face config to a template of the model.
 
 A family is one file with `ARCHITECTURE`, the name under which checkpoints know it, and
-`template(hf_config, generation, compute_dtype, allow)`. Adding one is that file and its line here.
+`template(hf_config, generation, compute_dtype, allow)`. Adding one is that file and its line here,
+under the `model_type` of its configs.
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from jaxcomp.models.decoder import Decoder
-from jaxcomp.models.families import llama, mistral, qwen2, qwen3
+from jaxcomp.models.families import gemma3, llama, mistral, olmo2, phi3, qwen2, qwen3
 from jaxcomp.models.families.template import Param
 
 __all__ = ["FAMILIES", "Param", "template_of"]
@@ -19,6 +20,9 @@ FAMILIES: dict[str, ModuleType] = {
     "mistral": mistral,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "gemma3_text": gemma3,
+    "olmo2": olmo2,
+    "phi3": phi3,
 }
 
 

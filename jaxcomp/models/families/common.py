@@ -6,6 +6,7 @@ from typing import Any
 from jaxcomp.models.config import ModelConfig
 from jaxcomp.models.families.fields import Fields
 from jaxcomp.models.families.rope_fields import read_rope
+from jaxcomp.models.rope import Rope
 
 MAX_BLOCKS = 10_000
 ACTIVATION_NAMES = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -18,6 +19,11 @@ def read_dense(
     compute_dtype: str,
     allow: tuple[str, ...],
     head_dim: int | None = None,
+    *,
+    activation: tuple[str, str] = ("hidden_act", "silu"),
+    tied: bool = False,
+    rope: Rope | None = None,
+    partial_rope: bool = False,
 ) -> dict[str, Any]:
     """The arguments of `DenseShape` that families read alike.
 
@@ -28,6 +34,10 @@ def read_dense(
       compute_dtype: dtype of activations and products.
       allow: fields the caller vouches for.
       head_dim: what a config without `head_dim` means; None for d_model / n_heads.
+      activation: the field that names it, and what a config without the field means.
+      tied: what a config without `tie_word_embeddings` means.
+      rope: the rotary embedding, where the family reads it in another way.
+      partial_rope: the family can turn a share of a head's channels.
     """
     d_model, n_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     n_kv_heads = fields.integer("num_key_value_heads", n_heads)
@@ -42,12 +52,10 @@ def read_dense(
             f"num_attention_heads={n_heads} and head_dim is not given; add head_dim"
         )
     head_dim = fields.integer("head_dim", head_dim or d_model // n_heads)
-    if head_dim % 2:
-        raise ValueError(f"{fields.where}: head_dim={head_dim} is odd, and RoPE turns pairs")
-    activation = fields.get("hidden_act", "silu")
-    if activation not in ACTIVATION_NAMES:
+    name = fields.get(*activation)
+    if name not in ACTIVATION_NAMES:
         raise ValueError(
-            f"{fields.where}: hidden_act={activation!r} is not supported; "
+            f"{fields.where}: {activation[0]}={name!r} is not supported; "
             f"there is {', '.join(ACTIVATION_NAMES)}"
         )
     context = fields.integer("max_position_embeddings")
@@ -67,9 +75,9 @@ def read_dense(
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
         eps=fields.number("rms_norm_eps"),
-        rope=read_rope(fields, context, allow),
-        activation=ACTIVATION_NAMES[activation],
-        tied=fields.flag("tie_word_embeddings"),
+        rope=rope or read_rope(fields, context, head_dim, allow, partial_rope),
+        activation=ACTIVATION_NAMES[name],
+        tied=fields.flag("tie_word_embeddings", tied),
     )
 
 
@@ -100,11 +108,27 @@ def windows_by_layer(fields: Fields) -> tuple[int | None, ...]:
     kinds = fields.get("layer_types", None)
     if kinds is None:
         return tuple(window if i >= first else None for i in range(n_blocks))
+    return windows_of(fields, kinds, window, "use_sliding_window and sliding_window")
+
+
+def windows_of(
+    fields: Fields, kinds: Any, window: int | None, needs: str
+) -> tuple[int | None, ...]:
+    """The window of each block, from the kind of its attention.
+
+    Args:
+      needs: what gives a model the window, for the message.
+
+    Raises:
+      ValueError: not one known kind for each block.
+    """
+    n_blocks = depth(fields)
     known = {"full_attention": None} | ({"sliding_attention": window} if window else {})
-    if len(kinds) != n_blocks or not set(kinds) <= set(known):
+    named = isinstance(kinds, list) and all(isinstance(k, str) and k in known for k in kinds)
+    if not named or len(kinds) != n_blocks:
         raise ValueError(
             f"{fields.where}: layer_types={kinds} must name {n_blocks} blocks out of "
-            f"{', '.join(known)} (sliding_attention needs use_sliding_window and sliding_window)"
+            f"{', '.join(known)} (sliding_attention needs {needs})"
         )
     return tuple(known[kind] for kind in kinds)
 

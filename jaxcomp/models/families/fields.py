@@ -64,6 +64,15 @@ class Fields:
             self._refuse(name, value, "a number above 0")
         return float(value)
 
+    def numbers(self, name: str, count: int) -> tuple[float, ...]:
+        """A list of `count` finite numbers above 0, as floats."""
+        value = self.get(name)
+        good = isinstance(value, list) and len(value) == count
+        if not good or not all(type(v) in (int, float) and 0 < v < float("inf") for v in value):
+            found = f"{len(value)} entries" if isinstance(value, list) else value
+            self._refuse(name, found, f"a list of {count} numbers above 0")
+        return tuple(map(float, value))
+
     def flag(self, name: str, default: bool = False) -> bool:
         """True or false."""
         value = self.get(name, default)

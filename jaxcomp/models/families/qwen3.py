@@ -23,7 +23,7 @@ def template(
     dense = read_dense("qwen3", fields, generation, compute_dtype, allow, DEFAULT_HEAD_DIM)
     bias = fields.flag("attention_bias")
     shape = DenseShape(
-        **dense, windows=windows_by_layer(fields), qkv_bias=bias, o_bias=bias, head_norm=True
+        **dense, windows=windows_by_layer(fields), qkv_bias=bias, o_bias=bias, qk_norm="head"
     )
     fields.finish(allow=allow)
     return dense_decoder(shape)
