@@ -24,6 +24,12 @@ LLAMA3 = dict(
     original_max_position_embeddings=32,
 )
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)
+LONGROPE = dict(
+    rope_type="longrope",
+    original_max_position_embeddings=32,
+    short_factor=[1 + i / 40 for i in range(32)],
+    long_factor=[1 + i**1.5 / 20 for i in range(32)],
+)
 SCALINGS = {
     "linear": LINEAR,
     "dynamic": DYNAMIC,
@@ -32,6 +38,9 @@ SCALINGS = {
     "yarn, magnitudes": YARN | dict(mscale=1.0, mscale_all_dim=0.5, beta_fast=3.0),
     "yarn, given magnitude": YARN
     | dict(attention_factor=1.5, truncate=False, beta_fast=3.0, beta_slow=0.7),
+    "longrope": LONGROPE,
+    "longrope, given magnitude": LONGROPE | dict(attention_factor=1.5),
+    "longrope, given factor": LONGROPE | dict(factor=4.0),
 }
 
 
@@ -98,6 +107,36 @@ def test_rope_scalings_beyond_the_original_context(scaling, spelling, tmp_path):
     assert_close(ours, reference(directory, tokens))
 
 
+@pytest.mark.parametrize("spelling", ["old", "new"])
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_rope_scalings_of_the_blocks_without_a_window(scaling, spelling, tmp_path):
+    # transformers overlooks truncate=False where it stands in the object of a layer type.
+    values = {k: v for k, v in SCALINGS[scaling].items() if k != "truncate"}
+    fields = dict(rope_scaling=values)
+    if spelling == "new":
+        ropes = dict(full_attention=values | dict(rope_theta=1e6), sliding_attention=LINEAR)
+        fields = dict(rope_theta=None, rope_parameters=ropes)
+    fields |= dict(head_dim=64)
+    directory = tiny.checkpoint("gemma3_text", KEY, tmp_path, **fields)
+    tokens = tiny.tokens(KEY, batch=1, time=96)
+    ours = forward(open_checkpoint(directory).model, tokens)
+    assert_close(ours, reference(directory, tokens))
+
+
+@pytest.mark.parametrize("time", [12, 13, 40])
+@pytest.mark.parametrize("share", [0.75, 1.0])
+def test_longrope_on_both_sides_of_the_original_context(share, time, tmp_path):
+    pairs = int(8 * share) // 2
+    scaling = dict(
+        type="longrope", short_factor=[1.1] * pairs, long_factor=[1.0, 2.0, 4.0, 8.0][:pairs]
+    )
+    fields = dict(rope_scaling=scaling, partial_rotary_factor=share, sliding_window=5)
+    directory = tiny.checkpoint("phi3", KEY, tmp_path, **fields)
+    tokens = tiny.tokens(KEY, time=time)
+    ours = forward(open_checkpoint(directory).model, tokens)
+    assert_close(ours, reference(directory, tokens))
+
+
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 @pytest.mark.parametrize(
     ("fields", "windows"),
@@ -130,6 +169,18 @@ def test_attention_windows_by_layer(family, fields, windows, tmp_path):
         ("qwen3", dict(attention_bias=True, num_key_value_heads=1)),
         ("mistral", dict(sliding_window=None, tie_word_embeddings=True)),
         ("mistral", dict(head_dim=None)),
+        ("gemma3_text", dict(attention_bias=True, tie_word_embeddings=False)),
+        ("gemma3_text", dict(sliding_window_pattern=1, num_key_value_heads=1)),
+        (
+            "gemma3_text",
+            dict(sliding_window_pattern=None, layer_types=["full_attention", "sliding_attention"]),
+        ),
+        ("gemma3_text", dict(head_dim=None, query_pre_attn_scalar=None)),
+        ("olmo2", dict(attention_bias=True, head_dim=16, tie_word_embeddings=True)),
+        ("olmo2", dict(rope_scaling=YARN, num_key_value_heads=4)),
+        ("phi3", dict(rope_scaling=None, original_max_position_embeddings=None)),
+        ("phi3", dict(rope_scaling=None, partial_rotary_factor=None, sliding_window=6)),
+        ("phi3", dict(tie_word_embeddings=True, num_key_value_heads=4)),
     ],
 )
 def test_variants_of_a_family(family, fields, tmp_path):
