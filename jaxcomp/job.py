@@ -29,7 +29,7 @@ import rich.console
 import jaxcomp
 from jaxcomp import artefact
 from jaxcomp.calibrate import comparison
-from jaxcomp.calibrate.plan import plan, plan_write
+from jaxcomp.calibrate.plan import check_steps, plan, plan_write
 from jaxcomp.calibrate.stream import Calibration, Run, StepStore, check_batches, write_whole
 from jaxcomp.data.batches import evaluation_windows, sample_hash, sample_windows
 from jaxcomp.data.corpora import load_text
@@ -43,7 +43,7 @@ from jaxcomp.models.sizes import peak_rss
 from jaxcomp.parallel import Placement, data_mesh
 from jaxcomp.progress import ConsoleProgress
 from jaxcomp.recipe import CalibSpec, Recipe, fingerprint, recipe_to_json
-from jaxcomp.report import Report, draw_pictures, environment, sizes, to_json
+from jaxcomp.report import Report, draw_pictures, environment, render_html, sizes, to_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -187,9 +187,8 @@ def compress(
     baseline = peak_rss()
     started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     loaded = load(source, compute_dtype=compute_dtype, lazy=True, allow_config=allow_config)
-    for step in recipe.steps:
-        step.check(loaded.model)
     calib = _calibration(loaded, recipe, mesh)
+    check_steps(loaded.model, recipe.steps, calib)
     identity = run_identity(loaded, recipe, calib, compute_dtype)
     work = _open_work(out.with_name(out.name + ".partial"), identity, resume)
     progress, seconds = ConsoleProgress(console), {}
@@ -277,8 +276,6 @@ def dry_run(
     is checked; time and memory are still those of one device.
     """
     loaded = load(source, compute_dtype=compute_dtype, lazy=True, allow_config=allow_config)
-    for step in recipe.steps:
-        step.check(loaded.model)
     calib = _calibration(loaded, recipe, data_mesh() if data_parallel else None)
     steps = plan(loaded.model, recipe.steps, calib)
     return [step._asdict() for step in (*steps, plan_write(loaded.model))]
@@ -381,6 +378,7 @@ def _save(loaded: Loaded, report: Report, out: pathlib.Path, overwrite: bool) ->
         loaded.tokenizer.save_pretrained(tokenizer)
         pictures = draw_pictures(report, scratch)
         files = {f"tokenizer/{p.name}": p for p in tokenizer.iterdir()}
+        files["report.html"] = render_html(report, loaded.model).encode()
         artefact.save(
             loaded.model,
             out,

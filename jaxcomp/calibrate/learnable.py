@@ -44,7 +44,7 @@ from jaxcomp.core.site import CONSUMER_SITES, ActQuantizer, Site
 from jaxcomp.core.transforms import Kron
 from jaxcomp.core.tree import get_at, replace_at
 from jaxcomp.models import fold
-from jaxcomp.models.anatomy import anatomy
+from jaxcomp.models.anatomy import anatomy, channels
 from jaxcomp.models.attention import plain_context
 from jaxcomp.models.decoder import Block, block_forward
 from jaxcomp.solvers.invertible import SVD, Direct, Form, Init, init_matrix, materialize
@@ -98,19 +98,19 @@ def factor_shapes(
         raise ValueError(
             f"site {unknown[0]!r} takes no factor pair; those that do are {', '.join(paired)}"
         )
-    for site, part in anatomy(block).sites.items() if setting.quantizes_linears else ():
-        channels = get_at(block, part.consumers[0]).w.shape[-2]
+    for site in anatomy(block).sites if setting.quantizes_linears else ():
+        width = channels(block, site)
         if site == "attn_out":
-            if channels != attn.n_heads * attn.head_dim:
+            if width != attn.n_heads * attn.head_dim:
                 raise ValueError(
-                    f"attn.o reads {channels} channels, which are not {attn.n_heads} heads of "
+                    f"attn.o reads {width} channels, which are not {attn.n_heads} heads of "
                     f"{attn.head_dim}"
                 )
             shapes[site] = attn.n_heads, None
             continue
         try:
             own = factors.get(site)
-            shapes[site] = check_pair(own, channels) if own else factor_pair(channels)
+            shapes[site] = check_pair(own, width) if own else factor_pair(width)
         except ValueError as error:
             raise ValueError(f"site {site}: {error}") from None
     if setting["k_cache"].k:

@@ -10,14 +10,15 @@ the structure of the blocks.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp.calibrate.stream import Calibration
+from jaxcomp.calibrate.stream import Calibration, check_text
+from jaxcomp.core.scheme import settings_in_block
 from jaxcomp.models.decoder import Block, Decoder, block_struct
 from jaxcomp.models.sizes import rss
 
@@ -37,12 +38,23 @@ class Program(NamedTuple):
     calls: int
     static: dict[str, Any] = {}  # noqa: RUF012
 
+    def result(self) -> Any:
+        """What a call gives, with structs for arrays; nothing is compiled."""
+        return self.function.eval_shape(*self.args, **self.static)
+
 
 class BlockPlan(NamedTuple):
-    """What a method does with one block: its programs, and the bytes it keeps beside the block."""
+    """What a method does with one block.
+
+    Attributes:
+      programs: in the order they are called.
+      kept_bytes: what it keeps beside the block.
+      result: the structure of the block it gives back.
+    """
 
     programs: list[Program]
     kept_bytes: int
+    result: Block
 
 
 class StepPlan(NamedTuple):
@@ -63,14 +75,42 @@ def plan(model: Decoder, steps: Iterable[Any], calib: Calibration | None) -> lis
     """Plans every step on the structure of `model`.
 
     Args:
-      model: blocks may be behind handles; they are not read. Each step is planned on these blocks,
-        although it will see what the step before it made of them.
-      steps: methods with a `plan_block(block, hidden, batches)` that returns a `BlockPlan`, where
-        `hidden` is the struct of one batch of hidden states (None without calibration).
+      model: blocks may be behind handles; they are not read.
+      steps: methods with `check(model)`, `needs_text` and a `plan_block(block, hidden, batches)`
+        that returns a `BlockPlan`, where `hidden` is the struct of one batch of hidden states (None
+        without calibration). Each is planned on what the steps before it make of the blocks.
       calib: the windows, for their shape.
+
+    Raises:
+      ValueError: a step does not fit what it will be given.
     """
-    structs = [block_struct(block) for block in model.blocks]
-    return [_plan_step(step, model, structs, calib) for step in steps]
+    _, _, hidden_bytes = _calibration(model, calib)
+    planned = []
+    for step, plans in list(_walk(model, steps, calib)):  # all are checked before one is compiled
+        seconds, most, seen = 0.0, 0, {}
+        for key, block, plan in plans:
+            if key not in seen:
+                seen[key] = _plan_block(plan, block)
+            seconds += seen[key][0]
+            most = max(most, seen[key][1])
+        planned.append(StepPlan(type(step).__name__, seconds, rss() + 2 * hidden_bytes + most))
+    return planned
+
+
+def check_steps(model: Decoder, steps: Iterable[Any], calib: Calibration | None) -> Decoder:
+    """Refuses a recipe of which some step could not begin; nothing is read or compiled.
+
+    Arguments are those of `plan`.
+
+    Returns:
+      `model` with the structure of its blocks after the last step.
+
+    Raises:
+      ValueError: a step does not fit what the steps before it make of the model, or lacks text.
+    """
+    for _, plans in _walk(model, steps, calib):
+        model = model.replace(blocks=tuple(plan.result for _, _, plan in plans))
+    return model
 
 
 def plan_write(model: Decoder) -> StepPlan:
@@ -87,23 +127,34 @@ def tree_bytes(tree: Any) -> int:
     return sum(int(np.prod(a.shape)) * np.dtype(a.dtype).itemsize for a in jax.tree.leaves(tree))
 
 
-def _plan_step(step: Any, model: Decoder, structs: list[Block], calib: Calibration | None):
-    hidden, batches, hidden_bytes = None, 0, 0
-    if calib is not None:
-        samples, length = calib.tokens.shape
-        batches = -(-samples // calib.batch)
-        dtype = jnp.dtype(model.config.compute_dtype)
-        width = model.config.d_model
-        hidden = jax.ShapeDtypeStruct((min(calib.batch, samples), length, width), dtype)
-        hidden_bytes = samples * length * width * dtype.itemsize
-    seconds, most, seen = 0.0, 0, {}
-    for block in structs:
-        key = (jax.tree.structure(block), tuple((a.shape, a.dtype) for a in jax.tree.leaves(block)))
-        if key not in seen:
-            seen[key] = _plan_block(step.plan_block(block, hidden, batches), block)
-        seconds += seen[key][0]
-        most = max(most, seen[key][1])
-    return StepPlan(type(step).__name__, seconds, rss() + 2 * hidden_bytes + most)
+def _walk(
+    model: Decoder, steps: Iterable[Any], calib: Calibration | None
+) -> Iterator[tuple[Any, list[tuple[Any, Block, BlockPlan]]]]:
+    """Each step with, for every block, a key that equal blocks share, the block and its plan."""
+    hidden, batches, _ = _calibration(model, calib)
+    for step in steps:
+        step.check(model)
+        if step.needs_text:
+            check_text(type(step).__name__, calib)
+        found, keys = {}, []
+        for i, block in enumerate(map(block_struct, model.blocks)):
+            here, leaves = settings_in_block(step, i, len(model.blocks)), jax.tree.leaves(block)
+            key = here, jax.tree.structure(block), tuple((a.shape, a.dtype) for a in leaves)
+            if key not in found:
+                found[key] = block, here.plan_block(block, hidden, batches)
+            keys.append(key)
+        yield step, (plans := [(key, *found[key]) for key in keys])
+        model = model.replace(blocks=tuple(plan.result for _, _, plan in plans))
+
+
+def _calibration(model: Decoder, calib: Calibration | None) -> tuple[Any, int, int]:
+    """The struct of a batch of hidden states, the number of batches, and the bytes of them all."""
+    if calib is None:
+        return None, 0, 0
+    (samples, length), width = calib.tokens.shape, model.config.d_model
+    dtype = jnp.dtype(model.config.compute_dtype)
+    batch = jax.ShapeDtypeStruct((min(calib.batch, samples), length, width), dtype)
+    return batch, -(-samples // calib.batch), samples * length * width * dtype.itemsize
 
 
 def _plan_block(plan: BlockPlan, block: Block) -> tuple[float, int]:

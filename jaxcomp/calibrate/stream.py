@@ -2,7 +2,7 @@
 
     hidden = embed(tokens)
     for block in blocks:                     one block in memory
-        block', metrics = visit(block, hidden)
+        block', metrics = visit(block, hidden)      and block(hidden) where that is the stream
         hidden = block'(hidden)              "compressed": what the finished prefix really produces
               or block(hidden)               "original": what the model this step received produces
 
@@ -63,6 +63,7 @@ class BlockStep:
       block: the block with its arrays on the device, in their stored dtypes.
       hidden: its inputs on the host, one array a batch; empty when the method needs none. With
         several processes, the rows of each batch that this one holds.
+      outputs: what the block gives for them, where the stream is the "original" one; else empty.
       place: to be handed to every pass over `hidden`; where it has several processes, a number
         taken from `hidden` in any other way is this process's own.
     """
@@ -70,6 +71,7 @@ class BlockStep:
     index: int
     block: Block
     hidden: Hidden
+    outputs: Hidden = dataclasses.field(default_factory=list)
     place: Placement = Placement()
 
 
@@ -193,8 +195,8 @@ def blockwise(
         batch that the mesh cannot share; a store where several processes share it.
     """
     place = run.place
-    if inputs and calib is None:
-        raise ValueError(f"{name} needs calibration text; give the recipe a CalibSpec as `calib`")
+    if inputs:
+        check_text(name, calib)
     if run.store and place.processes > 1:
         raise ValueError(
             f"{name} has a store and a mesh over {place.processes} processes, of whose hidden "
@@ -214,11 +216,14 @@ def blockwise(
         started = time.perf_counter()
         block = jax.device_put(load_block(model.blocks[index]))
         check_finite(block, f"the weights of block {index}")
-        new, metrics = visit(BlockStep(index, block, hidden, place))
-        if inputs:
-            source = jax.device_put(new if inputs == "compressed" else block)
-            last = index + 1 == total
-            hidden = [] if last else step_batches(source, hidden, place=place)
+        outputs: Hidden = []
+        if inputs == "original":
+            outputs = step_batches(block, hidden, place=place)
+        new, metrics = visit(BlockStep(index, block, hidden, outputs, place))
+        last = index + 1 == total
+        if inputs == "compressed" and not last:
+            outputs = step_batches(jax.device_put(new), hidden, place=place)
+        hidden = [] if last else outputs
         seconds = time.perf_counter() - started
         rows = rows + [
             Row(name, index, linear or None, values) for linear, values in metrics.items() if linear
@@ -246,6 +251,16 @@ def check_finite(tree: Any, what: str) -> None:
                 f"{what}{where}: {bad} of {leaf.size} values are NaN or infinity; "
                 "the checkpoint is damaged or overflowed in its dtype, fetch it again"
             )
+
+
+def check_text(name: str, calib: Calibration | None) -> None:
+    """Refuses to begin without calibration text.
+
+    Raises:
+      ValueError: there is none.
+    """
+    if calib is None:
+        raise ValueError(f"{name} needs calibration text; give the recipe a CalibSpec as `calib`")
 
 
 def check_batches(calib: Calibration, place: Placement) -> None:

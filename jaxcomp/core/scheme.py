@@ -1,10 +1,15 @@
 """Which grid goes where: one grid for all places of a kind, and exceptions by site and by block."""
 
 import dataclasses
+import typing
 
 from jaxcomp.core.quantize import QuantSpec
 from jaxcomp.core.site import SITES
 from jaxcomp.core.struct import static_value
+
+CACHES = ("k_cache", "v_cache")
+
+T = typing.TypeVar("T")
 
 
 @static_value
@@ -43,6 +48,14 @@ def in_block(overrides: tuple[Override, ...], block: int, n_blocks: int) -> tupl
     )
 
 
+def settings_in_block(settings: T, block: int, n_blocks: int) -> T:
+    """A method's settings as they hold in one block: of its exceptions, those for that block."""
+    overrides = getattr(settings, "overrides", ())
+    if not overrides:
+        return settings
+    return dataclasses.replace(settings, overrides=in_block(overrides, block, n_blocks))
+
+
 @static_value
 class Scheme:
     """The grids of a model.
@@ -61,17 +74,38 @@ class Scheme:
     overrides: tuple[Override, ...] = ()
 
     def check(self, n_blocks: int) -> None:
-        """Refuses an exception for a block that a model of `n_blocks` blocks does not have.
+        """Refuses an exception that can have no effect in a model of `n_blocks` blocks.
 
         Raises:
-          ValueError: names the block and the blocks there are.
+          ValueError: a block that is not there, or a width for what has no grid or is elsewhere.
         """
         for rule in self.overrides:
+            for name, (grids, sites) in self._reach().items():
+                bits = getattr(rule, name)
+                if bits not in (None, 16) and not any(grids):
+                    raise ValueError(
+                        f"an override has {name}={bits}, and there is no grid of that kind whose "
+                        "width it could change; give the grid, or leave the override out"
+                    )
+                if bits is not None and rule.sites and not set(rule.sites) & set(sites):
+                    raise ValueError(
+                        f"an override has {name}={bits} at {', '.join(rule.sites)}, where it "
+                        f"changes nothing; it acts at {', '.join(sites)}"
+                    )
             if absent := [b for b in rule.blocks if not -n_blocks <= b < n_blocks]:
                 raise ValueError(
                     f"an override is for block {absent[0]}, and the model has {n_blocks} blocks: "
                     f"0..{n_blocks - 1}, or -{n_blocks}..-1 from the end"
                 )
+
+    def _reach(self) -> dict[str, tuple[tuple[QuantSpec | None, ...], tuple[str, ...]]]:
+        """Setting of an exception → the grids whose width it changes, and the sites they are at."""
+        linears = tuple(site for site in SITES if site not in (*CACHES, "query"))
+        return {
+            "weight_bits": ((self.weight,), linears),
+            "act_bits": ((self.act,), linears),
+            "kv_bits": ((self.k, self.v), CACHES),
+        }
 
     def at(self, site: str, block: int, n_blocks: int) -> "Scheme":
         """The grids at one site of one block, without exceptions."""

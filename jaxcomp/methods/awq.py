@@ -20,7 +20,7 @@ Reasoning?" (arXiv 2504.04823), with its bounds and without the exponent on the 
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ from jaxcomp.core.quantize import (
 )
 from jaxcomp.core.site import CONSUMER_SITES, site_tap
 from jaxcomp.core.tree import get_at, replace_at, replace_many
-from jaxcomp.models.anatomy import anatomy, check_grid, score_linears
+from jaxcomp.models.anatomy import anatomy, channels, check_grid, score_linears
 from jaxcomp.models.attention import attention, plain_context
 from jaxcomp.models.decoder import Block, Decoder, block_forward, block_struct
 from jaxcomp.models.ffn import ffn
@@ -74,6 +74,7 @@ class AWQ:
     grid: int = 20
     search_tokens: int = 4096
     clip_tokens: int = 512
+    needs_text: ClassVar[bool] = True
 
     def __post_init__(self):
         for name in ("grid", "search_tokens", "clip_tokens"):
@@ -108,7 +109,7 @@ class AWQ:
                     )
 
     def plan_block(self, block: Block, hidden: Any, batches: int) -> BlockPlan:
-        """The programs of one block, for a dry run."""
+        """The programs of one block and what they make of it, for a dry run."""
         sites, _ = _sites(self, block)
         windows = min(batches * hidden.shape[0], _windows(self, hidden.shape[1]))
         sample = jax.ShapeDtypeStruct((windows, *hidden.shape[1:]), hidden.dtype)
@@ -126,9 +127,9 @@ class AWQ:
             programs.append(Program(_search, args, 1, static))
             scales[site] = states[site].amax
         static = dict(spec=self.weight, clip=self.clip)
-        programs.append(Program(_round, (block, scales, seen.inputs), 1, static))
-        programs.append(Program(block_step, (block, hidden), batches))
-        return BlockPlan(programs, kept_bytes=tree_bytes((block, seen)))
+        rounding = Program(_round, (block, scales, seen.inputs), 1, static)
+        programs += [rounding, Program(block_step, (block, hidden), batches)]
+        return BlockPlan(programs, tree_bytes((block, seen)), rounding.result()[0])
 
 
 class Seen(NamedTuple):
@@ -288,9 +289,7 @@ def _unscalable(block: Block, site: str) -> str | None:
 
 
 def _init(block: Block, sites: list[str]) -> dict[str, Magnitude]:
-    parts = anatomy(block).sites
-    channels = {site: get_at(block, parts[site].consumers[0]).w.shape[-2] for site in sites}
-    return {site: magnitude_init(n) for site, n in channels.items()}
+    return {site: magnitude_init(channels(block, site)) for site in sites}
 
 
 def _windows(cfg: AWQ, time: int) -> int:

@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import logging
 import typing
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -50,10 +50,10 @@ from jaxcomp.calibrate.stream import (
 from jaxcomp.core.quantize import QTensor, QuantSpec
 from jaxcomp.core.scheme import Override, Scheme
 from jaxcomp.core.tree import get_at, named_leaves
-from jaxcomp.models.anatomy import anatomy, check_grid
+from jaxcomp.models.anatomy import anatomy, channels, check_grid
 from jaxcomp.models.decoder import Block, Decoder, block_struct
 from jaxcomp.models.scaling import as_float32, consumer_amax
-from jaxcomp.models.stream import block_step, step_batches
+from jaxcomp.models.stream import block_step
 from jaxcomp.solvers.invertible import Form, Init, condition
 from jaxcomp.solvers.smoothing import flatquant_scale
 
@@ -117,6 +117,7 @@ class FlatQuant:
     finish: Finish = "round"
     seed: int = 0
     overrides: tuple[Override, ...] = ()
+    needs_text: ClassVar[bool] = True
 
     def __post_init__(self):
         choices = {"form": Form, "init": Init, "finish": Finish}
@@ -197,13 +198,7 @@ class FlatQuant:
         return blockwise("FlatQuant", model, calib, visit, "original", run)
 
     def plan_block(self, block: Block, hidden: Any, batches: int) -> BlockPlan:
-        """The programs of one block, for a dry run; exceptions by block are not planned."""
-        if self.overrides:
-            everywhere = tuple(rule for rule in self.overrides if not rule.blocks)
-            if everywhere != self.overrides:
-                return dataclasses.replace(self, overrides=everywhere).plan_block(
-                    block, hidden, batches
-                )
+        """The programs of one block and what they make of it, for a dry run."""
         dense = jax.eval_shape(as_float32, block)
         setting = self.setting(block, 0, 1)
         states = jax.eval_shape(lambda: _magnitudes(self, block, setting))
@@ -213,16 +208,17 @@ class FlatQuant:
         spec, steps = _spec(self, batches), self.epochs * batches
         state = jax.eval_shape(lambda p: fit_init(p, spec), params)
         kinds = dict(loss=block_loss, setting=setting, spec=spec)
-        programs = [Program(block_step, (dense, hidden), 2 * batches)]
+        programs = [Program(block_step, (block, hidden), batches)]
         if states:
             update = dict(update=magnitude_update, stage="raw")
             programs.append(Program(capture_batch, (states, dense, hidden), batches, update))
         if any(params.values()):
             programs.append(Program(fit_step, (state, (dense, hidden, hidden)), steps, kinds))
         merged = dict(setting=setting, finish=self.finish)
-        programs.append(Program(merge, (params, dense), 1, merged))
-        targets = batches * tree_bytes(hidden)
-        return BlockPlan(programs, kept_bytes=tree_bytes(dense) + targets)
+        merging = Program(merge, (params, dense), 1, merged)
+        programs.append(merging)
+        result = jax.eval_shape(_restore_dtypes, merging.result()[0], block)
+        return BlockPlan(programs, tree_bytes(dense), result)
 
 
 def fit_block(cfg: FlatQuant, n_blocks: int, step: BlockStep) -> tuple[Block, Metrics]:
@@ -234,18 +230,17 @@ def fit_block(cfg: FlatQuant, n_blocks: int, step: BlockStep) -> tuple[Block, Me
         amax = {site: state.amax for site, state in states.items()}
         check_finite(amax, f"the activations of block {step.index}, site")
     params = _init(cfg, block, setting, amax, step.index)
-    targets = step_batches(block, step.hidden, place=step.place)
-    mse = functools.partial(_mse, step, setting, block, targets[0])
+    mse = functools.partial(_mse, step, setting, block)
     numbers: dict[str, Any] = {"mse_rounding": mse(_nothing()), "mse_before": mse(params)}
     if any(params.values()):
         try:
             params, losses = run_fit(
                 params,
-                list(zip(step.hidden, targets, strict=True)),
+                list(zip(step.hidden, step.outputs, strict=True)),
                 (block,),
                 loss=block_loss,
                 setting=setting,
-                spec=_spec(cfg, len(targets)),
+                spec=_spec(cfg, len(step.hidden)),
                 place=step.place,
             )
         except ValueError as error:
@@ -253,7 +248,7 @@ def fit_block(cfg: FlatQuant, n_blocks: int, step: BlockStep) -> tuple[Block, Me
                 f"FlatQuant, block {step.index}, {error}; finished blocks are kept. Fit in "
                 f"float32, or with less than lr={cfg.lr:g} and clip_lr={cfg.clip_lr:g}"
             ) from None
-        numbers["loss_curve"] = _curve(losses, len(targets))
+        numbers["loss_curve"] = _curve(losses, len(step.hidden))
     numbers |= _check_params(params, step.index) | {"mse_after": mse(params)}
     for name, logits in params["act_clip"].items():
         low, high = jax.nn.sigmoid(logits)
@@ -294,8 +289,8 @@ def _nothing() -> Params:
 
 def _scaled(block: Block) -> dict[str, int]:
     """Sites that get a scale → channels."""
-    sites = {s: part for s, part in anatomy(block).sites.items() if s in SCALED and part.producer}
-    return {s: get_at(block, part.consumers[0]).w.shape[-2] for s, part in sites.items()}
+    parts = anatomy(block).sites
+    return {s: channels(block, s) for s, part in parts.items() if s in SCALED and part.producer}
 
 
 def _magnitudes(cfg: FlatQuant, block: Block, setting: BlockSetting) -> dict:
@@ -310,11 +305,9 @@ def _spec(cfg: FlatQuant, batches: int) -> FitSpec:
     return FitSpec(cfg.epochs * batches, tuple(rates.items()), cfg.warmup, cfg.weight_decay)
 
 
-def _mse(
-    step: BlockStep, setting: BlockSetting, block: Block, target: Any, params: Params
-) -> float:
+def _mse(step: BlockStep, setting: BlockSetting, block: Block, params: Params) -> float:
     """The loss on the first batch."""
-    x, y = (step.place.put(a) for a in (step.hidden[0], target))
+    x, y = (step.place.put(a) for a in (step.hidden[0], step.outputs[0]))
     return float(_jit_loss(*step.place.replicate((params, block)), x, y, setting=setting))
 
 

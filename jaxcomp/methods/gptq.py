@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import math
 import typing
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,11 +31,12 @@ from jaxcomp.calibrate.plan import BlockPlan, Program, tree_bytes
 from jaxcomp.calibrate.stats import hessian_finish, hessian_init, hessian_update
 from jaxcomp.calibrate.stream import BlockStep, Calibration, Metrics, Result, Run, blockwise
 from jaxcomp.core.quantize import QTensor, QuantSpec, dequantize
-from jaxcomp.core.scheme import Override, Scheme, in_block
+from jaxcomp.core.scheme import Override, Scheme, settings_in_block
 from jaxcomp.core.site import CONSUMER_SITES, Site
 from jaxcomp.core.tree import get_at, replace_at, replace_many
-from jaxcomp.models.anatomy import anatomy, check_grid
-from jaxcomp.models.decoder import Block, Decoder
+from jaxcomp.models.anatomy import anatomy, channels, check_grid
+from jaxcomp.models.decoder import Block, Decoder, block_struct
+from jaxcomp.models.scaling import as_float32
 from jaxcomp.models.stream import block_step
 from jaxcomp.solvers.gptq import Clip, gptq
 
@@ -71,6 +72,7 @@ class GPTQ:
     sequential: bool = True
     quantized_activations: bool = False
     overrides: tuple[Override, ...] = ()
+    needs_text: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.first_token_weight <= 0:
@@ -87,8 +89,7 @@ class GPTQ:
         self.check(model)
 
         def visit(step: BlockStep) -> tuple[Block, Metrics]:
-            here = in_block(self.overrides, step.index, len(model.blocks))
-            return solve_block(dataclasses.replace(self, overrides=here), step)
+            return solve_block(settings_in_block(self, step.index, len(model.blocks)), step)
 
         return blockwise("GPTQ", model, calib, visit, run=run)
 
@@ -96,21 +97,35 @@ class GPTQ:
         """Raises ValueError where the settings do not fit the model; reads no block."""
         Scheme(self.weight, overrides=self.overrides).check(len(model.blocks))
         check_grid(model, self.weight)
+        for i, block in enumerate(map(block_struct, model.blocks)):
+            here = settings_in_block(self, i, len(model.blocks))
+            for path, site in anatomy(block).linears.items():
+                w = get_at(block, path).w
+                if isinstance(w, QTensor) and _at(here, site):
+                    raise ValueError(
+                        f"block {i}, {path} is already quantized to {w.bits} bits; GPTQ needs the "
+                        "weight as it was"
+                    )
 
     def plan_block(self, block: Block, hidden: Any, batches: int) -> BlockPlan:
-        """The programs of one block, for a dry run; exceptions by block are not planned."""
+        """The programs of one block and what they make of it, for a dry run."""
         dense = jax.eval_shape(functools.partial(_for_calibration, self), block)
-        cfg, programs = dataclasses.replace(self, overrides=()), []
+        programs, solved = [], {}
         for wave in _waves(self, dense):
+            wave = [read for read in wave if _at(self, read.site)]
+            if not wave:
+                continue
             states = jax.eval_shape(lambda wave=wave: _init(self, dense, wave))
             static = dict(update=hessian_update, stage=_stage(self))
             programs.append(Program(capture_batch, (states, dense, hidden), batches, static))
             for read in wave:
                 weights = {path: get_at(dense, path).w for path in read.paths}
-                hessian = states[read.place].total
-                programs.append(Program(_solve_jit, (weights, hessian), 1, dict(cfg=cfg)))
+                args = weights, states[read.place].total
+                program = Program(_solve_jit, args, 1, dict(cfg=_at(self, read.site)))
+                programs.append(program)
+                solved |= {f"{path}.w": new[0] for path, new in program.result().items()}
         programs.append(Program(block_step, (dense, hidden), batches))
-        return BlockPlan(programs, kept_bytes=tree_bytes(dense))
+        return BlockPlan(programs, tree_bytes(dense), replace_many(block, solved))
 
 
 class Read(NamedTuple):
@@ -139,12 +154,6 @@ def solve_block(cfg: GPTQ, step: BlockStep) -> tuple[Block, Metrics]:
                 reason = {"skipped": f"an override leaves {site} at 16 bits"}
                 metrics |= {path: dict(reason) for path in paths}
                 continue
-            for path, w in weights.items():
-                if isinstance(w, QTensor):
-                    raise ValueError(
-                        f"block {step.index}, {path} is already quantized to "
-                        f"{w.bits} bits; GPTQ needs the weight as it was"
-                    )
             solutions = _solve(here, weights, hessians[place])
             for path in paths:
                 quantized, values, numbers = solutions[path]
@@ -160,14 +169,10 @@ def _for_calibration(cfg: GPTQ, block: Block) -> Block:
 
     Every pass sees float32 weights, quantized or not, so that all of them share a compilation.
     """
-    block = jax.tree.map(_as_float32, block)
+    block = as_float32(block)
     if cfg.quantized_activations:
         return block
     return block.replace(sites={k: site.replace(quantizer=None) for k, site in block.sites.items()})
-
-
-def _as_float32(a):
-    return a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a
 
 
 def _stage(cfg: GPTQ) -> Stage:
@@ -194,8 +199,8 @@ def _waves(cfg: GPTQ, block: Block) -> list[list[Read]]:
 
 
 def _init(cfg: GPTQ, block: Block, wave: list[Read]) -> dict:
-    channels = {read.place: get_at(block, read.paths[0]).w.shape[-2] for read in wave}
-    return {place: hessian_init(n, cfg.first_token_weight) for place, n in channels.items()}
+    weight = cfg.first_token_weight
+    return {read.place: hessian_init(channels(block, read.site), weight) for read in wave}
 
 
 def _hessians(cfg: GPTQ, step: BlockStep, block: Block, wave: list[Read]) -> dict:

@@ -20,7 +20,7 @@ stand in. A model whose head is tied to the embedding gets a head of its own.
 import dataclasses
 import functools
 import typing
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +39,10 @@ from jaxcomp.core.transforms import (
     transform_rows,
 )
 from jaxcomp.core.tree import get_at, replace_at
-from jaxcomp.models.anatomy import anatomy
+from jaxcomp.models.anatomy import anatomy, channels
 from jaxcomp.models.decoder import Block, Decoder, block_struct
 from jaxcomp.models.fold import check_dense, fold_norm, insert_online, rotate_keys, rotate_values
+from jaxcomp.models.scaling import as_float32
 from jaxcomp.solvers.orthogonal import random_orthogonal
 
 Rotation = Literal["hadamard", "orthogonal"]
@@ -67,6 +68,7 @@ class QuaRot:
     ffn: bool = True
     head_mix: HeadMix = "hadamard"
     rotation: Rotation = "hadamard"
+    needs_text: ClassVar[bool] = False
 
     def __post_init__(self):
         for name, choices in (("head_mix", HeadMix), ("rotation", Rotation)):
@@ -125,14 +127,15 @@ class QuaRot:
             ways = "head_mix='orthogonal' or head_mix='none'"
             _check_order("site attn_out: n_heads", attn.n_heads, ways)
         if self.ffn:
-            _check_order("site ffn_mid: d_ff", _in_ch(block, "ffn_mid"), "ffn=False")
+            _check_order("site ffn_mid: d_ff", channels(block, "ffn_mid"), "ffn=False")
 
     def plan_block(self, block: Block, hidden: Any, batches: int) -> BlockPlan:
-        """The programs of one block, for a dry run."""
-        width = _in_ch(block, "attn_in")
+        """The programs of one block and what they make of it, for a dry run."""
+        width = channels(block, "attn_in")
         args = jax.eval_shape(lambda: (residual_rotation(self, width), head_mix(self, block)))
         static = dict(cfg=dataclasses.replace(self, seed=0))
-        return BlockPlan([Program(_rotate, (block, *args), 1, static)], tree_bytes(block))
+        program = Program(_rotate, (block, *args), 1, static)
+        return BlockPlan([program], tree_bytes(block), program.result()[0])
 
 
 def rotate_block(
@@ -170,7 +173,7 @@ def head_mix(cfg: QuaRot, block: Block) -> Transform | None:
 def _rotate(
     block: Block, residual: tuple[Transform, ...], mix: Transform | None, cfg: QuaRot
 ) -> tuple[Block, Array, Array]:
-    stored, block = block, jax.tree.map(_float32, block)  # rounded once, at the end
+    stored, block = block, as_float32(block)  # rounded once, at the end
     before = weight_peak(block)
     if residual:
         block = rotate_stream(fold_norm(fold_norm(block, "attn_in"), "ffn_in"), residual)
@@ -179,7 +182,7 @@ def _rotate(
     if mix is not None:
         block = insert_online(block, "attn_out", mix, inverse=mix)
     if cfg.ffn:
-        block = insert_online(block, "ffn_mid", Hadamard(_in_ch(block, "ffn_mid")))
+        block = insert_online(block, "ffn_mid", Hadamard(channels(block, "ffn_mid")))
     if cfg.keys:
         block = rotate_keys(block, Hadamard(block.attn.head_dim))
     after, sites = weight_peak(block), block.sites
@@ -211,9 +214,9 @@ def rotate_ends(model: Decoder, rotation: tuple[Transform, ...]) -> Decoder:
         return model
     table, norm = model.embed.weight, model.norm
     head = Linear(jnp.asarray(table).T) if model.lm_head is None else model.lm_head
-    w = _float32(head.w)
+    w = as_float32(head.w)
     if norm is not None:
-        w = w * (norm.offset + _float32(norm.weight))[:, None]
+        w = w * (norm.offset + as_float32(norm.weight))[:, None]
         norm = norm.replace(weight=jnp.full_like(norm.weight, 1 - norm.offset))
     return model.replace(
         embed=model.embed.replace(weight=_rotate_columns(table, rotation).astype(table.dtype)),
@@ -233,20 +236,12 @@ def weight_peak(block: Block) -> Float[Array, ""]:
 
 def _rotate_rows(w: Array, rotation: tuple[Transform, ...]) -> Array:
     """R⁻¹ W in float32; every part of R is its own inverse transpose."""
-    return functools.reduce(lambda w, t: transform_rows(t, w), rotation, _float32(w))
+    return functools.reduce(lambda w, t: transform_rows(t, w), rotation, as_float32(w))
 
 
 def _rotate_columns(a: Array, rotation: tuple[Transform, ...]) -> Array:
     """A R in float32; a weight, a bias or the embedding."""
-    return functools.reduce(lambda a, t: transform_columns(t, a), rotation, _float32(a))
-
-
-def _float32(a: Array) -> Array:
-    return jnp.asarray(a, jnp.float32)
-
-
-def _in_ch(block: Block, site: str) -> int:
-    return get_at(block, anatomy(block)[site].consumers[0]).w.shape[-2]
+    return functools.reduce(lambda a, t: transform_columns(t, a), rotation, as_float32(a))
 
 
 def _check_order(what: str, order: int, instead: str) -> None:

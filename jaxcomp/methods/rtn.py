@@ -30,10 +30,10 @@ from jaxcomp.core.quantize import (
     quantize_with,
     range_to_grid,
 )
-from jaxcomp.core.scheme import Override, Scheme, in_block
+from jaxcomp.core.scheme import Override, Scheme, settings_in_block
 from jaxcomp.core.site import CONSUMER_SITES, ActQuantizer, Site
 from jaxcomp.core.tree import get_at, replace_at
-from jaxcomp.models.anatomy import anatomy, check_grid
+from jaxcomp.models.anatomy import anatomy, channels, check_grid
 from jaxcomp.models.decoder import Block, Decoder, block_struct
 from jaxcomp.models.stream import block_step
 from jaxcomp.solvers.clipping import search_range
@@ -41,7 +41,8 @@ from jaxcomp.solvers.clipping import search_range
 CACHE_SITES = ("k_cache", "v_cache")
 # What may share a range, dynamic or not.
 ACT_GRIDS = (("token", True), ("tensor", True), ("tensor", False))
-CACHE_GRIDS = (("head", True), ("tensor", True), ("tensor", False), ("channel", False))
+# A cache grows token by token: no range can span all of its tokens but a fixed one.
+CACHE_GRIDS = (("head", True), ("tensor", False), ("channel", False))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,7 @@ class RTN:
         return Scheme(self.weight, self.act, self.k or self.kv, self.v or self.kv, self.overrides)
 
     @property
-    def is_static(self) -> bool:
+    def needs_text(self) -> bool:
         """Whether some range has to be measured on calibration text."""
         grids = (self.scheme.act, self.scheme.k, self.scheme.v)
         return any(spec is not None and not spec.dynamic for spec in grids)
@@ -95,10 +96,9 @@ class RTN:
         self.check(model)
 
         def visit(step: BlockStep) -> tuple[Block, Metrics]:
-            here = in_block(self.overrides, step.index, len(model.blocks))
-            return round_block(dataclasses.replace(self, overrides=here), step)
+            return round_block(settings_in_block(self, step.index, len(model.blocks)), step)
 
-        return blockwise("RTN", model, calib, visit, "compressed" if self.is_static else None, run)
+        return blockwise("RTN", model, calib, visit, "compressed" if self.needs_text else None, run)
 
     def check(self, model: Decoder) -> None:
         """Raises ValueError where the settings do not fit the model; reads no block."""
@@ -106,10 +106,7 @@ class RTN:
         if self.weight is not None:
             check_grid(model, self.weight)
         for i, block in enumerate(map(block_struct, model.blocks)):
-            here = dataclasses.replace(
-                self, overrides=in_block(self.overrides, i, len(model.blocks))
-            )
-            for site in site_grids(here, block):
+            for site in site_grids(settings_in_block(self, i, len(model.blocks)), block):
                 part = anatomy(block).sites.get(site)
                 views = [CONSUMER_SITES.get(path) for path in part.consumers] if part else []
                 for name in (site, *views):
@@ -120,22 +117,27 @@ class RTN:
                         )
 
     def plan_block(self, block: Block, hidden: Any, batches: int) -> BlockPlan:
-        """The programs of one block, for a dry run; exceptions by block are not planned."""
+        """The programs of one block and what they make of it, for a dry run."""
         programs, rounded = [], block
-        for path in anatomy(block).linears if self.weight else ():
-            w = get_at(block, path).w
-            if not isinstance(w, QTensor):
-                static = dict(spec=self.weight, clip=self.clip)
-                programs.append(Program(_round, (w,), 1, static))
-                new, _ = jax.eval_shape(functools.partial(_round, **static), w)
-                rounded = replace_at(rounded, f"{path}.w", new)
-        if self.is_static:
-            grids = site_grids(dataclasses.replace(self, overrides=()), block)
-            states = jax.eval_shape(lambda: _range_init(block, grids))
+        for path, site in anatomy(block).linears.items():
+            spec, w = self.scheme.at(site, 0, 1).weight, get_at(block, path).w
+            if spec is None or isinstance(w, QTensor):
+                continue
+            program = Program(_round, (w,), 1, dict(spec=spec, clip=self.clip))
+            programs.append(program)
+            rounded = replace_at(rounded, f"{path}.w", program.result()[0])
+        grids = site_grids(self, block)
+        states = jax.eval_shape(lambda: _range_init(block, grids))
+        if states:
             update = dict(update=range_update, stage="transformed")
             programs.append(Program(capture_batch, (states, rounded, hidden), batches, update))
+        if self.needs_text:
             programs.append(Program(block_step, (rounded, hidden), batches))
-        return BlockPlan(programs, kept_bytes=tree_bytes(block))
+        put = functools.partial(put_quantizers, self, grids)
+        result = jax.eval_shape(
+            lambda block, states: put(block, _shared(grids, states)), rounded, states
+        )
+        return BlockPlan(programs, tree_bytes(block), result)
 
 
 def round_block(cfg: RTN, step: BlockStep) -> tuple[Block, Metrics]:
@@ -155,17 +157,9 @@ def round_block(cfg: RTN, step: BlockStep) -> tuple[Block, Metrics]:
             metrics[path] = {"weight_error": float(error), "bits": spec.bits}
     grids = site_grids(cfg, block)
     dynamic = {name: spec for name, spec in grids.items() if spec.dynamic}
-    for name, spec in dynamic.items():
-        clip = _clip_ratio(cfg, name)
-        factors = None if clip == 1 else jnp.full(2, clip, jnp.float32)
-        block = put_quantizer(block, name, ActQuantizer(spec, clip=factors))
-    static = {name: spec for name, spec in grids.items() if name not in dynamic}
-    ranges = measure_ranges(block, static, step) if static else {}
-    for name, (low, high) in ranges.items():
-        clip, spec = _clip_ratio(cfg, name), static[name]
-        grid = range_to_grid(low * clip, high * clip, spec)
-        block = put_quantizer(block, name, ActQuantizer(spec, *grid))
-    return block, metrics
+    block = put_quantizers(cfg, dynamic, block, {})
+    ranges = measure_ranges(block, grids, step)
+    return put_quantizers(cfg, grids, block, ranges), metrics
 
 
 def site_grids(cfg: RTN, block: Block) -> dict[str, QuantSpec]:
@@ -176,42 +170,62 @@ def site_grids(cfg: RTN, block: Block) -> dict[str, QuantSpec]:
     return {name: spec for name, spec in grids.items() if spec is not None}
 
 
-def put_quantizer(block: Block, name: str, quantizer: ActQuantizer) -> Block:
-    """The block with another quantizer at a site; the site's transforms stay."""
-    site = block.sites.get(name, Site()).replace(quantizer=quantizer)
-    return block.replace(sites={**block.sites, name: site})
+def put_quantizers(
+    cfg: RTN, grids: dict[str, QuantSpec], block: Block, ranges: dict[str, Range]
+) -> Block:
+    """The block with a quantizer at each site of `grids`; the sites' transforms stay.
+
+    Args:
+      ranges: of the sites with a static grid.
+    """
+    sites = dict(block.sites)
+    for name, spec in grids.items():
+        clip = cfg.kv_clip if name in CACHE_SITES else cfg.act_clip
+        if spec.dynamic:
+            factors = None if clip == 1 else jnp.full(2, clip, jnp.float32)
+            quantizer = ActQuantizer(spec, clip=factors)
+        else:
+            low, high = ranges[name]
+            quantizer = ActQuantizer(spec, *range_to_grid(low * clip, high * clip, spec))
+        sites[name] = sites.get(name, Site()).replace(quantizer=quantizer)
+    return block.replace(sites=sites)
 
 
 def measure_ranges(block: Block, grids: dict[str, QuantSpec], step: BlockStep) -> dict[str, Range]:
-    """Site → least and greatest value on the calibration text, in the shape its grid shares."""
+    """Site with a static grid → least and greatest value on the text, in the shape they share."""
     init = _range_init(block, grids)
+    if not init:
+        return {}
     states = capture(block, step.hidden, init, range_update, "transformed", step.place)
-    found = {}
     for name, state in states.items():
         if not all(bool(jnp.isfinite(edge).all()) for edge in state):
             raise ValueError(
                 f"block {step.index}, site {name}: the activations hold NaN or infinity; "
                 "evaluate the model first, its own output is affected"
             )
-        whole = grids[name].granularity == "tensor"
-        found[name] = Range(jnp.min(state.low), jnp.max(state.high)) if whole else state
-    return found
+    return _shared(grids, states)
+
+
+def _shared(grids: dict[str, QuantSpec], states: dict[str, Range]) -> dict[str, Range]:
+    """Ranges of channels as ranges of what shares a grid."""
+    return {
+        name: Range(jnp.min(state.low), jnp.max(state.high))
+        if grids[name].granularity == "tensor"
+        else state
+        for name, state in states.items()
+    }
 
 
 def _range_init(block: Block, grids: dict[str, QuantSpec]) -> dict[str, Range]:
-    parts, states = anatomy(block).sites, {}
+    states = {}
     for name, spec in grids.items():
         if spec.dynamic:
             continue
         if name in CACHE_SITES:
             states[name] = range_init(block.attn.n_kv_heads, block.attn.head_dim)
         else:
-            states[name] = range_init(get_at(block, parts[name].consumers[0]).w.shape[-2])
+            states[name] = range_init(channels(block, name))
     return states
-
-
-def _clip_ratio(cfg: RTN, site: str) -> float:
-    return cfg.kv_clip if site in CACHE_SITES else cfg.act_clip
 
 
 def _check_site_grid(name: str, spec: QuantSpec | None, grids: tuple) -> None:

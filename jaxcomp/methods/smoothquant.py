@@ -15,7 +15,7 @@ maxima are taken over the repeats of a value head, since the scale must be equal
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,7 @@ from jaxcomp.calibrate.capture import capture, capture_batch
 from jaxcomp.calibrate.plan import BlockPlan, Program, tree_bytes
 from jaxcomp.calibrate.stats import Magnitude, magnitude_init, magnitude_update
 from jaxcomp.calibrate.stream import BlockStep, Calibration, Metrics, Result, Run, blockwise
-from jaxcomp.core.tree import get_at
-from jaxcomp.models.anatomy import anatomy
+from jaxcomp.models.anatomy import anatomy, channels
 from jaxcomp.models.decoder import Block, Decoder
 from jaxcomp.models.scaling import check_scalable, consumer_amax, divide_sites, even_repeats
 from jaxcomp.models.stream import block_step
@@ -43,6 +42,7 @@ class SmoothQuant:
 
     alpha: float = 0.5
     sites: tuple[str, ...] = ("attn_in", "ffn_in")
+    needs_text: ClassVar[bool] = True
 
     def __post_init__(self):
         if not 0 <= self.alpha <= 1:
@@ -60,7 +60,7 @@ class SmoothQuant:
         check_scalable(model, self.sites)
 
     def plan_block(self, block: Block, hidden: Any, batches: int) -> BlockPlan:
-        """The programs of one block, for a dry run."""
+        """The programs of one block and what they make of it, for a dry run."""
         states = jax.eval_shape(lambda: _init(self, block))
         static = dict(update=magnitude_update, stage="raw")
         programs = [
@@ -68,7 +68,7 @@ class SmoothQuant:
             Program(_smooth, (block, states), 1, dict(cfg=self)),
             Program(block_step, (block, hidden), batches),
         ]
-        return BlockPlan(programs, kept_bytes=tree_bytes(block))
+        return BlockPlan(programs, tree_bytes(block), block)
 
 
 def smooth_block(cfg: SmoothQuant, step: BlockStep) -> tuple[Block, Metrics]:
@@ -86,11 +86,7 @@ def smooth_block(cfg: SmoothQuant, step: BlockStep) -> tuple[Block, Metrics]:
 
 
 def _init(cfg: SmoothQuant, block: Block) -> dict[str, Magnitude]:
-    parts = anatomy(block).sites
-    return {
-        site: magnitude_init(get_at(block, parts[site].consumers[0]).w.shape[-2])
-        for site in cfg.sites
-    }
+    return {site: magnitude_init(channels(block, site)) for site in cfg.sites}
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

@@ -68,6 +68,11 @@ def anatomy(block: Block) -> Anatomy:
     )
 
 
+def channels(block: Block, site: str) -> int:
+    """How many channels the activation at a site has, as the linears behind it read them."""
+    return get_at(block, anatomy(block)[site].consumers[0]).w.shape[-2]
+
+
 def check_grid(model: Decoder, spec: QuantSpec) -> None:
     """Refuses a weight grid that some linear of the blocks cannot take; reads no block.
 

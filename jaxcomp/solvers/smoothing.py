@@ -17,7 +17,6 @@ from jaxtyping import Array, Float
 
 FLOOR = 1e-5
 AWQ_FLOOR = 1e-4
-FLATQUANT_ALPHA = 0.3
 
 
 def smoothing_scale(
@@ -37,7 +36,7 @@ def smoothing_scale(
 def flatquant_scale(
     x_amax: Float[Array, " channels"],
     w_amax: Float[Array, " channels"],
-    alpha: float = FLATQUANT_ALPHA,
+    alpha: float,
 ) -> Float[Array, " channels"]:
     """FlatQuant's first c: what the activation is *multiplied* by and the weight divided by."""
     return jnp.maximum(w_amax ** (1 - alpha) / jnp.maximum(x_amax, FLOOR) ** alpha, FLOOR)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jaxcomp import job
+from jaxcomp.calibrate.plan import check_steps
 from jaxcomp.recipe import Recipe, fingerprint
 from jaxcomp.studies.study import Study, StudyRow, chosen
 
@@ -95,9 +96,8 @@ def planned_runs(study: Study, loaded: job.Loaded, out: pathlib.Path) -> Iterato
     for row in study.rows:
         for setting, recipe in row.runs():
             try:
-                for step in recipe.steps:
-                    step.check(loaded.model)
                 calib = calibration(recipe.calib) if recipe.calib else None
+                check_steps(loaded.model, recipe.steps, calib)
                 identity = job.run_identity(loaded, recipe, calib, study.compute_dtype)
             except ValueError as error:
                 yield PlannedRun(row, setting, recipe, error=one_line(error))

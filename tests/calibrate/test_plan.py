@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from jaxcomp.calibrate import Calibration
-from jaxcomp.calibrate.plan import plan, tree_bytes
-from jaxcomp.core.quantize import QuantSpec
-from jaxcomp.methods import GPTQ, RTN
+from jaxcomp.calibrate.plan import check_steps, plan, tree_bytes
+from jaxcomp.core.quantize import QTensor, QuantSpec
+from jaxcomp.core.scheme import Override
+from jaxcomp.methods import GPTQ, RTN, FlatQuant, SmoothQuant
 from jaxcomp.models.decoder import Block, block_struct
 from tests import tiny
 
@@ -36,8 +37,8 @@ def model():
 
 
 def test_every_step_is_planned_without_reading_a_block(model):
-    steps = plan(model, (GPTQ(), RTN(weight=QuantSpec(8))), Calibration(TOKENS, batch=3))
-    assert [s.step for s in steps] == ["GPTQ", "RTN"]
+    steps = plan(model, (SmoothQuant(), RTN(weight=QuantSpec(8))), Calibration(TOKENS, batch=3))
+    assert [s.step for s in steps] == ["SmoothQuant", "RTN"]
     assert all(s.seconds > 0 for s in steps)
 
 
@@ -52,3 +53,25 @@ def test_the_peak_covers_the_block_its_float32_copy_and_the_hidden_states(model)
 def test_a_step_that_leaves_the_weights_alone_has_nothing_to_compile(model):
     (step,) = plan(model, (RTN(weight=None),), None)
     assert step.seconds == 0
+
+
+def test_a_step_is_planned_on_what_the_steps_before_it_make(model):
+    calib = Calibration(TOKENS, batch=3)
+    flat = FlatQuant(epochs=1, init="hadamard", finish="keep")
+    everywhere = Override(blocks=(1,), weight_bits=16)
+    after = check_steps(model, (flat, GPTQ(overrides=(everywhere,))), calib)
+    first, second = after.blocks
+    assert isinstance(first.attn.q.w, QTensor) and not isinstance(second.attn.q.w, QTensor)
+    assert first.sites["ffn_mid"].transforms and second.sites["ffn_mid"].transforms
+
+
+@pytest.mark.parametrize("steps", [(GPTQ(), FlatQuant(act=None)), (RTN(), GPTQ())])
+def test_an_order_that_cannot_be_is_refused_before_anything_begins(model, steps):
+    for ask in (plan, check_steps):
+        with pytest.raises(ValueError, match=r"block 0, attn.q is (already quantized|quantized)"):
+            ask(model, steps, Calibration(TOKENS, batch=3))
+
+
+def test_a_step_without_the_text_it_needs_is_refused(model):
+    with pytest.raises(ValueError, match="SmoothQuant needs calibration text"):
+        check_steps(model, (RTN(weight=None), SmoothQuant()), None)

@@ -59,6 +59,24 @@ def test_an_exception_that_makes_no_sense_is_refused(settings, message):
         Override(**settings)
 
 
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (Override(act_bits=8), "act_bits=8, and there is no grid of that kind"),
+        (Override(sites=("k_cache",), weight_bits=8), "weight_bits=8 at k_cache, where it changes"),
+        (Override(sites=("ffn_mid",), weight_bits=8, kv_bits=8), "acts at k_cache, v_cache"),
+    ],
+)
+def test_an_exception_without_effect_is_refused(rule, message):
+    rules = Scheme(weight=W4, k=KV4, overrides=(rule,))
+    with pytest.raises(ValueError, match=message):
+        rules.check(2)
+
+
+def test_an_exception_may_switch_off_what_is_not_there():
+    Scheme(weight=W4, overrides=(Override(act_bits=16, kv_bits=16),)).check(2)
+
+
 @pytest.mark.parametrize("block", [3, -4])
 def test_an_exception_for_a_block_that_is_not_there_is_refused(block):
     rules = scheme(Override(blocks=(0, block), weight_bits=8))

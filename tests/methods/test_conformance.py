@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxcomp.calibrate import Calibration, Result, Run, StepStore
+from jaxcomp.calibrate.plan import check_steps
 from jaxcomp.core.linear import Linear
 from jaxcomp.core.quantize import QTensor, QuantSpec
 from jaxcomp.core.store import save_tree
@@ -291,6 +292,14 @@ def test_what_is_not_quantized_keeps_its_stored_dtype(family, method, setting, c
     kept = before.keys() & after.keys()
     assert "blocks.1.ffn_norm.weight" in kept and "blocks.0.attn.q.b" in kept
     assert {after[name].dtype for name in kept} == {jnp.dtype(jnp.bfloat16)}
+
+
+@once
+def test_the_structure_that_a_method_gives_is_known_before_it_runs(family, method, setting, calib):
+    model, steps = model_of(family), make(method, setting, 4)
+    found, expected = check_steps(model, steps, calib), apply(steps, model, calib).model
+    shapes = lambda block: jax.tree.map(lambda a: (a.shape, a.dtype), block)  # noqa: E731
+    assert [*map(shapes, found.blocks)] == [*map(shapes, iter_blocks(expected))]
 
 
 @once
