@@ -27,13 +27,17 @@ import rich.console
 
 from jaxcomp import artefact, job
 from jaxcomp.core.files import new_directory
+from jaxcomp.hub import compressed_tensors, dense
 from jaxcomp.hub.directory import COMPANIONS
 from jaxcomp.hub.locate import locate
 from jaxcomp.hub.write import CARD, ExportSource, check_output, write_checksums
 from jaxcomp.models.decoder import Decoder
 from jaxcomp.progress import ConsoleProgress
 
-FORMATS: dict[str, ModuleType] = {}
+FORMATS: dict[str, ModuleType] = {
+    "hf": dense,
+    "compressed-tensors": compressed_tensors,
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,12 +1,13 @@
-"""Safetensors in shards, filled while the blocks of a model come by.
+"""Safetensors in shards, filled while the parts of a model come by.
 
 What will be written is known from shapes alone, so every shard is laid out before the first block
-is read and no more than one block is ever in memory. Tensors go to shards in the order of their
+is read, and no more than one block is ever in memory. Tensors go to shards in the order of their
 names: the same model gives the same files.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,10 +18,20 @@ SHARD_BYTES = 5 * 10**9
 METADATA = {"format": "pt"}  # older versions of transformers refuse a file without it
 
 
+class Entry(NamedTuple):
+    """A tensor to be written: what it will be, and how it comes from its part of the model."""
+
+    spec: TensorSpec
+    make: Callable[[Any], np.ndarray]
+
+
+Layout = Mapping[str, Entry]  # the tensors of one part by name
+
+
 def write_shards(
     directory: Path,
-    specs: Mapping[str, TensorSpec],
-    tensors: Iterable[tuple[str, np.ndarray]],
+    layouts: Sequence[Layout],
+    parts: Iterable[Any],
     limit: int = SHARD_BYTES,
     stem: str = "model",
 ) -> None:
@@ -28,20 +39,25 @@ def write_shards(
 
     Args:
       directory: exists.
-      specs: every tensor.
-      tensors: each of them once, in any order.
+      layouts: one for each part.
+      parts: of the model, with arrays; each is taken once and let go.
       limit: bytes of tensors in a shard; a larger tensor has a shard of its own.
 
     Raises:
+      ValueError: a limit below one byte.
       OSError: it cannot be written.
     """
+    specs = {name: entry.spec for layout in layouts for name, entry in layout.items()}
     homes = shard_names(specs, limit, stem)
-    parts: dict[str, dict[str, TensorSpec]] = {}
-    for name, file in homes.items():
-        parts.setdefault(file, {})[name] = specs[name]
-    files = {file: TensorWriter(directory / file, part, METADATA) for file, part in parts.items()}
-    for name, array in tensors:
-        files[homes[name]].write(name, array)
+    files = {
+        file: TensorWriter(
+            directory / file, {n: specs[n] for n in specs if homes[n] == file}, METADATA
+        )
+        for file in dict.fromkeys(homes.values())
+    }
+    for layout, part in zip(layouts, parts, strict=True):
+        for name, entry in layout.items():
+            files[homes[name]].write(name, entry.make(part))
     for file in files.values():
         file.finish()
     if len(files) > 1:
@@ -50,20 +66,16 @@ def write_shards(
         write_json(directory / f"{stem}.safetensors.index.json", index)
 
 
-def shard_names(specs: Mapping[str, TensorSpec], limit: int, stem: str = "model") -> dict[str, str]:
-    """Tensor name, sorted → the file it goes to.
-
-    Raises:
-      ValueError: a limit below one byte.
-    """
+def shard_names(specs: Mapping[str, TensorSpec], limit: int, stem: str) -> dict[str, str]:
+    """Tensor name, sorted → the file it goes to."""
     if limit < 1:
         raise ValueError(f"a shard of {limit} bytes holds nothing; use at least 1")
     shard, size, number = {}, 0, 1
     for name in sorted(specs):
-        bytes_here = nbytes(specs[name])
-        if size and size + bytes_here > limit:
+        wanted = nbytes(specs[name])
+        if size and size + wanted > limit:
             size, number = 0, number + 1
-        shard[name], size = number, size + bytes_here
+        shard[name], size = number, size + wanted
     if number == 1:
         return dict.fromkeys(shard, f"{stem}.safetensors")
     return {name: f"{stem}-{i:05d}-of-{number:05d}.safetensors" for name, i in shard.items()}

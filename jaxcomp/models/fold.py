@@ -4,13 +4,16 @@ Every function returns a block that computes what the given one computes. Arithm
 results have the dtype they were stored in.
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from jaxcomp.core.linear import Linear
 from jaxcomp.core.quantize import QTensor
-from jaxcomp.core.site import Site
+from jaxcomp.core.site import CONSUMER_SITES, Site, transform_site
 from jaxcomp.core.transforms import (
     Diag,
     Transform,
@@ -125,6 +128,34 @@ def fold_norm(block: Block, site: str) -> Block:
         check_dense(p, path)
         block = replace_at(block, f"{path}.w", (_float32(p.w) * weight[:, None]).astype(p.w.dtype))
     return replace_at(block, f"{part.producer}.weight", jnp.full_like(norm.weight, 1 - norm.offset))
+
+
+def take_back(
+    block: Block, path: str, w: Float[Array, "in_ch out_ch"]
+) -> Float[Array, "in_ch out_ch"]:
+    """T W in float32: what the linear at `path` with weight `w` does to x, its site giving x T.
+
+    The other direction of `insert_online`: with T W for W and no transform at the sites, the block
+    computes what it did.
+    """
+    sites = (anatomy(block).linears[path], CONSUMER_SITES.get(path, ""))
+    transforms = [t for name in sites for t in block.sites.get(name, Site()).transforms]
+    w = _float32(w)
+    if not transforms:
+        return w
+
+    def enter(x: Array) -> Array:
+        return functools.reduce(lambda x, t: transform(t, x), transforms, x)
+
+    _, transposed = jax.vjp(enter, w.T)  # of x → x T, which is y → y Tᵀ
+    return transposed(w.T)[0].T
+
+
+def keeps_scores(block: Block) -> bool:
+    """Whether the transforms of queries and keys cancel in every score: k T, q T⁻ᵀ, or none."""
+    eye = jnp.eye(block.attn.head_dim)
+    q, k = (transform_site(block.sites.get(name, Site()), eye) for name in ("query", "k_cache"))
+    return bool(jnp.allclose(q @ k.T, eye, atol=1e-4))
 
 
 def append_transform(block: Block, site: str, t: Transform) -> Block:
