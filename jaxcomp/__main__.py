@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from jaxcomp.commands import compare, compress, evaluate, generate, info, inspect, study
+from jaxcomp.commands import compare, compress, evaluate, generate, info, inspect, report, study
 from jaxcomp.commands.common import console
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": generate,
     "study": study,
     "compare": compare,
+    "report": report,
     "info": info,
 }
 for name, module in COMMANDS.items():

@@ -4,6 +4,7 @@ from jaxcomp.core.metrics import Row
 from jaxcomp.report.depth import plot_depth, plot_depths
 from jaxcomp.report.fit import plot_fit
 from jaxcomp.report.flatness import plot_flatness
+from jaxcomp.report.html import render_html, write_html
 from jaxcomp.report.pictures import draw_pictures, picture_names
 from jaxcomp.report.plot import plot_report
 from jaxcomp.report.record import (
@@ -34,8 +35,10 @@ __all__ = [
     "plot_report",
     "print_report",
     "recipe_text",
+    "render_html",
     "size_table",
     "sizes",
     "structure_tree",
     "to_json",
+    "write_html",
 ]

@@ -44,7 +44,7 @@ def eval_table(before: Numbers, after: Numbers) -> Table:
         for key in dict.fromkeys([*old, *new]):
             a, b = old.get(key), new.get(key)
             cells = (
-                [number_text(a), number_text(b), _change(a, b)]
+                [number_text(a), number_text(b), change(a, b)]
                 if both
                 else [number_text(b if a is None else a)]
             )
@@ -127,7 +127,8 @@ def _short(value: float) -> str:
     return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e+")
 
 
-def _change(before: Any, after: Any) -> str:
+def change(before: Any, after: Any) -> str:
+    """From one number to another in percent; "" where they are equal or no numbers."""
     numbers = isinstance(before, int | float) and isinstance(after, int | float) and before
     return f"{(after - before) / before:+.1%}" if numbers and before != after else ""
 
@@ -139,6 +140,12 @@ def number_text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) else escape(str(value))
+
+
+def four_digits(value: float) -> str:
+    """A float with four digits, zeros at the end among them: 31.40 under 24.31."""
+    small = 1e-3 <= abs(value) < 1e4
+    return f"{value:#,.4g}".rstrip(".") if small else number_text(value)
 
 
 def duration(seconds: float | None) -> str:

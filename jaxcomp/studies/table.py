@@ -7,7 +7,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from jaxcomp.report.table import duration, number_text, plain_table
+from jaxcomp.report.table import duration, four_digits, number_text, plain_table
 from jaxcomp.studies.results import Line, Number, spread
 
 
@@ -85,8 +85,7 @@ def plan_table(plans: Iterable[dict[str, Any]], title: str = "") -> Table:
 def value_text(values: Iterable[float]) -> str:
     """One value, or mean ± standard deviation of several."""
     mean, deviation = spread(values)
-    small = 1e-3 <= abs(mean) < 1e4
-    shown = f"{mean:#,.4g}".rstrip(".") if small else number_text(mean)  # 31.40 under 24.31
+    shown = four_digits(mean)
     if deviation is None:
         return shown
     deviation = float(f"{deviation:.2g}")

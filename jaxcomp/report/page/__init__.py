@@ -1,0 +1,1 @@
+"""The parts of the report's page: markup, plots, tables, and the style and script they share."""
