@@ -6,7 +6,17 @@ from typing import Annotated
 
 import typer
 
-from jaxcomp.commands import compare, compress, evaluate, generate, info, inspect, report, study
+from jaxcomp.commands import (
+    compare,
+    compress,
+    evaluate,
+    export,
+    generate,
+    info,
+    inspect,
+    report,
+    study,
+)
 from jaxcomp.commands.common import console
 
 app = typer.Typer(
@@ -22,6 +32,7 @@ COMMANDS = {
     "eval": evaluate,
     "inspect": inspect,
     "generate": generate,
+    "export": export,
     "study": study,
     "compare": compare,
     "report": report,

@@ -25,14 +25,19 @@ from typing import Any
 
 import rich.console
 
+import jaxcomp
 from jaxcomp import artefact, job
 from jaxcomp.core.files import new_directory
 from jaxcomp.hub import compressed_tensors, dense
+from jaxcomp.hub.card import Origin, find_origin, model_card
 from jaxcomp.hub.directory import COMPANIONS
 from jaxcomp.hub.locate import locate
 from jaxcomp.hub.write import CARD, ExportSource, check_output, write_checksums
 from jaxcomp.models.decoder import Decoder
 from jaxcomp.progress import ConsoleProgress
+
+OTHER_COMPANIONS = ("generation_config.json", "preprocessor_config.json")
+TOKENIZER_FILES = tuple(name for name in COMPANIONS if name not in OTHER_COMPANIONS)
 
 FORMATS: dict[str, ModuleType] = {
     "hf": dense,
@@ -88,14 +93,38 @@ def export(
     with tempfile.TemporaryDirectory() as scratch:
         opened = open_source(source, Path(scratch), allow_config)
         check(format, opened.model, opened.hf_config)
+        origin, recipe, report = history(source)
         total = len(opened.model.blocks)
         each = lambda blocks: progress.each(blocks, f"export {format}", total)  # noqa: E731
-        opened = dataclasses.replace(opened, each=each)
+        files = {**origin.files, **opened.files}
         with new_directory(out, replace=overwrite) as place:
+            opened = dataclasses.replace(opened, each=each, files=files)
             notes = tuple(writer.write(opened, place, **options) or ())
-            (place / CARD).write_text(opened.card, encoding="utf-8")
+            card = model_card(
+                f"{origin.name or Path(source).name}, {format}",
+                origin,
+                f"jaxcomp {jaxcomp.__version__}",
+                writer.LOAD.format(out=out.name),
+                notes,
+                ("jaxcomp", format),
+                recipe,
+                report,
+            )
+            (place / CARD).write_text(card, encoding="utf-8")
             write_checksums(place)
     return Exported(out, writer.LOAD.format(out=out), notes)
+
+
+def history(source: str | Path) -> tuple[Origin, dict[str, Any] | None, dict[str, Any] | None]:
+    """Where a model is from, with the recipe and the report of an artefact."""
+    if not artefact.is_artefact(source):
+        return find_origin(str(source)), None, None
+    there = artefact.read_manifest(source)["files"]
+    recipe, report = (
+        artefact.read_json(source, name) if name in there else None
+        for name in ("recipe.json", "report.json")
+    )
+    return find_origin((report or {}).get("source", str(source))), recipe, report
 
 
 def check(format: str, model: Decoder, hf_config: dict[str, Any]) -> None:
@@ -137,19 +166,27 @@ def open_source(
             "artefact.save(…, files=…)"
         )
     config = json.loads(files.pop("config.json").read_text(encoding="utf-8"))
-    ours = artefact.is_artefact(source)
-    if ours:
-        tokenizer = Path(source) / "tokenizer"
-    else:
-        tokenizer, place = scratch / "tokenizer", locate(source)
+    tokenizer = scratch / "tokenizer"
+    if artefact.is_artefact(source):
+        shutil.copytree(Path(source) / "tokenizer", tokenizer)
+        _known_to_all(tokenizer / "tokenizer_config.json")
+    elif (place := locate(source)).is_dir():
         tokenizer.mkdir()
-        if place.is_dir():
-            for name in set(COMPANIONS) - {"generation_config.json", "preprocessor_config.json"}:
-                if (place / name).is_file():
-                    shutil.copyfile(place / name, tokenizer / name)
-        else:
-            loaded.tokenizer.save_pretrained(tokenizer)
+        for name in TOKENIZER_FILES:
+            if (place / name).is_file():
+                shutil.copyfile(place / name, tokenizer / name)
+    else:
+        loaded.tokenizer.save_pretrained(tokenizer)
+        _known_to_all(tokenizer / "tokenizer_config.json")
     return ExportSource(loaded.model, config, tokenizer, files)
+
+
+def _known_to_all(path: Path) -> None:
+    """Gives a tokenizer that we saved the class name that transformers before 5 know, too."""
+    if path.is_file():
+        path.write_text(
+            path.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
+        )
 
 
 def _on_disk(files: dict[str, bytes | Path], scratch: Path) -> dict[str, Path]:

@@ -37,8 +37,7 @@ class ExportSource:
       model: blocks may be behind handles.
       hf_config: the `config.json` it came from.
       tokenizer: a directory with the tokenizer's files and nothing else.
-      files: companions that a Hugging Face directory has beside the weights, name → file.
-      card: the model card, markdown.
+      files: what else a Hugging Face directory has beside the weights, terms of use among it.
       each: what the blocks are drawn through, for a progress bar.
     """
 
@@ -46,7 +45,6 @@ class ExportSource:
     hf_config: dict[str, Any]
     tokenizer: Path
     files: dict[str, Path]
-    card: str = ""
     each: Callable[[Iterable[Block]], Iterator[Block]] = iter
 
     def blocks(self) -> Iterator[Block]:
