@@ -49,7 +49,7 @@ def assert_agree(simulated, integer):
         ctx = plain_context(*x.shape[:2])
         expected = np.asarray(step(a, x, ctx))
         off = np.abs(np.asarray(step(b, x, ctx)) - expected).max(-1) / np.ptp(expected)
-        assert np.median(off) <= 1e-5 and off.max() <= 0.05
+        assert np.median(off) <= 1e-5 and off.max() <= 0.1
         x = expected
 
 

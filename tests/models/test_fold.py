@@ -28,8 +28,15 @@ forward = jax.jit(lambda block, x: block_forward(block, x, CTX))
 
 
 def block_of(name):
-    """Grouped heads with biases; norms on queries and keys; norms stored as 1 + w."""
-    family = {"biases": "qwen2", "head norms": "qwen3", "offset": "qwen2"}[name]
+    """Grouped heads with biases; norms on queries and keys; norms stored as 1 + w; norms behind
+    the units as well; a head that turns in part."""
+    family = {
+        "biases": "qwen2",
+        "head norms": "qwen3",
+        "offset": "qwen2",
+        "sandwich": "gemma3_text",
+        "partial": "phi3",
+    }[name]
     block = tiny.model(family, jax.random.key(0), head_dim=8, num_hidden_layers=1).blocks[0]
     if name != "offset":
         return block
@@ -37,7 +44,9 @@ def block_of(name):
     return block.replace(attn_norm=norm(block.attn_norm), ffn_norm=norm(block.ffn_norm))
 
 
-every_block = pytest.mark.parametrize("name", ["biases", "head norms", "offset"])
+every_block = pytest.mark.parametrize(
+    "name", ["biases", "head norms", "offset", "sandwich", "partial"]
+)
 every_site = pytest.mark.parametrize("site", WIDTHS)
 
 
