@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "AWQ": "jaxcomp.methods",
+    "AutoBits": "jaxcomp.methods",
     "Calibration": "jaxcomp.calibrate",
     "FAMILIES": "jaxcomp.models.families",
     "EVALS": "jaxcomp.evals",
@@ -28,6 +29,7 @@ _NAMES = {
     "QuaRot": "jaxcomp.methods",
     "QuantSpec": "jaxcomp.core.quantize",
     "RTN": "jaxcomp.methods",
+    "Sensitivity": "jaxcomp.methods",
     "SmoothQuant": "jaxcomp.methods",
     "CalibSpec": "jaxcomp.recipe",
     "Recipe": "jaxcomp.recipe",

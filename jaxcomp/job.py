@@ -33,6 +33,7 @@ from jaxcomp.calibrate.plan import check_steps, plan, plan_write
 from jaxcomp.calibrate.stream import Calibration, Run, StepStore, check_batches, write_whole
 from jaxcomp.data.batches import evaluation_windows, sample_hash, sample_windows
 from jaxcomp.data.corpora import load_text
+from jaxcomp.data.tasks import load_task
 from jaxcomp.evals.perplexity import Perplexity
 from jaxcomp.hub.read import open_checkpoint
 from jaxcomp.hub.tokenizer import encode, load_tokenizer
@@ -48,6 +49,7 @@ from jaxcomp.report import Report, draw_pictures, environment, render_html, size
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+FOUND = "found_recipe.json"  # with what a step found instead of the step that searched
 COMPARED_TOKENS = 1024  # of the window on which the original and the compressed model are compared
 
 
@@ -129,7 +131,17 @@ def _open(
 def evaluate(
     loaded: Loaded, evals: Iterable[Any], progress: ConsoleProgress | None = None
 ) -> dict[str, dict[str, float]]:
-    """Runs evaluations; name of the evaluation → its numbers."""
+    """Runs evaluations; name of the evaluation → its numbers.
+
+    Raises:
+      ValueError: two of them have one name, so that numbers would be lost.
+    """
+    evals = tuple(evals)
+    names = [evaluation.name for evaluation in evals]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(
+            f"two evaluations are called {twice[0]!r} and would overwrite each other; leave one out"
+        )
     progress = progress or ConsoleProgress(None)
     total = len(loaded.model.blocks)
     results = {}
@@ -196,12 +208,13 @@ def compress(
         with _timed(seconds, "evaluation before"):
             measure = lambda: evaluate(loaded, recipe.evals, progress)  # noqa: E731
             before = _once(work / "before.json", measure) if before is None else before
-        model, rows = loaded.model, []
+        model, rows, found = loaded.model, [], []
         for i, step in enumerate(recipe.steps):
             with _timed(seconds, f"{i}: {type(step).__name__}"):
                 run = Run(StepStore(work / f"step.{i}"), progress.step, mesh)
                 model, new = step(model, calib, run)
                 rows += new
+                found.append(step.found(new) if hasattr(step, "found") else step)
         original, loaded = loaded.model, dataclasses.replace(loaded, model=model)
         with _timed(seconds, "evaluation after"):
             after = evaluate(loaded, recipe.evals, progress)
@@ -227,6 +240,9 @@ def compress(
         baseline_rss_bytes=baseline,
         comparison=side_by_side,
     )
+    if (resolved := dataclasses.replace(recipe, steps=tuple(found))) != recipe:
+        data = json.dumps(recipe_to_json(resolved), indent=2).encode()
+        loaded = dataclasses.replace(loaded, files={**loaded.files, FOUND: data})
     _save(loaded, report, out, overwrite)
     shutil.rmtree(work)
     return report
@@ -250,12 +266,13 @@ def run_identity(
     loaded: Loaded, recipe: Recipe, calib: Calibration | None, compute_dtype: str
 ) -> dict[str, Any]:
     """All that the result of a run depends on, as JSON values."""
-    texts = sorted({e.text for e in recipe.evals if hasattr(e, "text")})
+    texts = {e.text: load_text(e.text).sha256 for e in recipe.evals if hasattr(e, "text")}
+    texts |= {e.task: load_task(e.task).sha256 for e in recipe.evals if hasattr(e, "task")}
     return {
         "model": loaded.fingerprint(),
         "recipe": recipe_to_json(recipe),
         "calibration": {"windows_sha256": sample_hash(calib.tokens)} if calib else {},
-        "texts": {text: load_text(text).sha256 for text in texts},
+        "texts": texts,
         "compute_dtype": compute_dtype,
         "jaxcomp": jaxcomp.__version__,
     }
@@ -350,7 +367,7 @@ def _open_work(path: pathlib.Path, identity: dict, resume: bool) -> pathlib.Path
         differs = sorted(k for k in identity if identity[k] != other.get(k))
         if not differs:
             return path
-        if any(path.glob("step.*/state.json")):  # else no block is finished, and none is lost
+        if any(path.glob("step.*/**/state.json")):  # else no block is finished, and none is lost
             raise ValueError(
                 f"{path} holds unfinished work of another run (other: {', '.join(differs)}); "
                 "choose another output, or discard it with resume=False (--no-resume)"

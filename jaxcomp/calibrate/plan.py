@@ -76,9 +76,10 @@ def plan(model: Decoder, steps: Iterable[Any], calib: Calibration | None) -> lis
 
     Args:
       model: blocks may be behind handles; they are not read.
-      steps: methods with `check(model)`, `needs_text` and a `plan_block(block, hidden, batches)`
-        that returns a `BlockPlan`, where `hidden` is the struct of one batch of hidden states (None
-        without calibration). Each is planned on what the steps before it make of the blocks.
+      steps: methods with `check(model)`, `needs_text` and a `plan_block(block, hidden, batches,
+        n_blocks)` that returns a `BlockPlan`, where `hidden` is the struct of one batch of hidden
+        states (None without calibration). Each is planned on what the steps before it make of the
+        blocks.
       calib: the windows, for their shape.
 
     Raises:
@@ -141,7 +142,7 @@ def _walk(
             here, leaves = settings_in_block(step, i, len(model.blocks)), jax.tree.leaves(block)
             key = here, jax.tree.structure(block), tuple((a.shape, a.dtype) for a in leaves)
             if key not in found:
-                found[key] = block, here.plan_block(block, hidden, batches)
+                found[key] = block, here.plan_block(block, hidden, batches, len(model.blocks))
             keys.append(key)
         yield step, (plans := [(key, *found[key]) for key in keys])
         model = model.replace(blocks=tuple(plan.result for _, _, plan in plans))

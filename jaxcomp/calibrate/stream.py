@@ -97,9 +97,14 @@ class StepStore:
             return 0, []
         return state["done"], [Row(**row) for row in state["rows"]]
 
-    def block(self, index: int) -> StoredTree:
-        """A finished block."""
-        return StoredTree(self.path / f"blocks.{index}")
+    def block(self, index: int) -> StoredTree | None:
+        """A finished block; None where it is the one that the step was given."""
+        place = self.path / f"blocks.{index}"
+        return StoredTree(place) if place.exists() else None
+
+    def part(self, name: str) -> "StepStore":
+        """The store of a part of this step, for a step that walks the blocks more than once."""
+        return StepStore(self.path / name)
 
     def hidden(self, done: int) -> Hidden:
         """The hidden states behind `done` finished blocks."""
@@ -107,11 +112,16 @@ class StepStore:
             dtype = jnp.dtype(str(stored["dtype"]))
             return [stored[f"{i}"].view(dtype) for i in range(len(stored.files) - 1)]
 
-    def finish(self, index: int, block: Block, hidden: Hidden, rows: list[Row]) -> StoredTree:
-        """Records that block `index` is finished; returns its handle."""
+    def finish(
+        self, index: int, block: Block | None, hidden: Hidden, rows: list[Row]
+    ) -> StoredTree | None:
+        """Records that block `index` is finished; returns its handle.
+
+        A block that did not change is None, and so is its handle.
+        """
         place = self.path / f"blocks.{index}"
         shutil.rmtree(place, ignore_errors=True)  # written by a run killed before its state.json
-        handle = save_tree(place, block)
+        handle = None if block is None else save_tree(place, block)
         done = index + 1
         if hidden:
             write_whole(
@@ -187,7 +197,8 @@ def blockwise(
     Args:
       name: the method's name in rows and messages.
       calib: windows to stream through the model; needed unless `inputs` is None.
-      visit: gets a block and its inputs, returns the new block and its metrics.
+      visit: gets a block and its inputs, returns the new block and its metrics; a block that it
+        returns as it came is not stored.
       inputs: which model produces the inputs of the next block; None streams nothing.
 
     Raises:
@@ -206,7 +217,7 @@ def blockwise(
         check_batches(calib, place)
     total = len(model.blocks)
     done, rows = run.store.resume() if run.store else (0, [])
-    blocks: list[Any] = [run.store.block(i) for i in range(done)] if run.store else []
+    blocks = [run.store.block(i) or model.blocks[i] for i in range(done)] if run.store else []
     hidden: Hidden = []
     if inputs and done < total:
         hidden = run.store.hidden(done) if done else _embedded(model, calib, place)
@@ -230,8 +241,11 @@ def blockwise(
         ]
         rows.append(Row(name, index, None, metrics.get("", {}), seconds))
         log.info("%s block %d/%d: %.1f s", name, index + 1, total, seconds)
+        kept = new is block
         del block
-        blocks.append(run.store.finish(index, new, hidden, rows) if run.store else new)
+        if run.store:
+            new = run.store.finish(index, None if kept else new, hidden, rows)
+        blocks.append(model.blocks[index] if kept else new)
         if run.progress:
             run.progress(name, index + 1, total, rows)
     return Result(model.replace(blocks=tuple(blocks)), rows)

@@ -19,11 +19,14 @@ class Override:
     Attributes:
       sites: where; () for all. A weight is at the site that it reads.
       blocks: in which blocks; () for all, negative ones count from the end.
+      linears: for which of the linears at those sites; () for all. Such an exception changes the
+        width of weights alone.
       weight_bits, act_bits, kv_bits: 2..8, 16 for no quantization, None for no change.
     """
 
     sites: tuple[str, ...] = ()
     blocks: tuple[int, ...] = ()
+    linears: tuple[str, ...] = ()
     weight_bits: int | None = None
     act_bits: int | None = None
     kv_bits: int | None = None
@@ -33,6 +36,11 @@ class Override:
             raise ValueError(f"there is no site {unknown[0]!r}; there is: {', '.join(SITES)}")
         for name in ("weight_bits", "act_bits", "kv_bits"):
             bits = getattr(self, name)
+            if self.linears and name != "weight_bits" and bits is not None:
+                raise ValueError(
+                    f"an override for {', '.join(self.linears)} has {name}={bits}; linears share "
+                    "what they read, so name the site instead"
+                )
             if bits is not None and not (bits == 16 or 2 <= bits <= 8):
                 raise ValueError(f"{name}={bits} is outside 2..8 and not 16, which means off")
 
@@ -107,11 +115,22 @@ class Scheme:
             "kv_bits": ((self.k, self.v), CACHES),
         }
 
-    def at(self, site: str, block: int, n_blocks: int) -> "Scheme":
-        """The grids at one site of one block, without exceptions."""
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """The linears that exceptions name."""
+        return tuple(path for rule in self.overrides for path in rule.linears)
+
+    def at(self, site: str, block: int, n_blocks: int, linear: str | None = None) -> "Scheme":
+        """The grids at one site of one block, without exceptions.
+
+        Args:
+          linear: the one that is asked about; without it exceptions for some linears do not count.
+        """
         widths: dict[str, int] = {}
         for rule in in_block(self.overrides, block, n_blocks):
             if rule.sites and site not in rule.sites:
+                continue
+            if rule.linears and linear not in rule.linears:
                 continue
             bits = dict(weight=rule.weight_bits, act=rule.act_bits, k=rule.kv_bits, v=rule.kv_bits)
             widths |= {name: width for name, width in bits.items() if width is not None}

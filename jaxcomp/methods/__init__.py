@@ -1,10 +1,12 @@
 """Compression methods: frozen settings, called on a model. One file each."""
 
+from jaxcomp.methods.autobits import AutoBits
 from jaxcomp.methods.awq import AWQ
 from jaxcomp.methods.flatquant import FlatQuant
 from jaxcomp.methods.gptq import GPTQ
 from jaxcomp.methods.quarot import QuaRot
 from jaxcomp.methods.rtn import RTN
+from jaxcomp.methods.sensitivity import Sensitivity
 from jaxcomp.methods.smoothquant import SmoothQuant
 
 METHODS = {
@@ -14,6 +16,18 @@ METHODS = {
     "SmoothQuant": SmoothQuant,  # move outliers into the weights; quantizes nothing itself
     "FlatQuant": FlatQuant,  # fit small transforms until weights and activations are flat, round
     "AWQ": AWQ,  # scale up the weights that matter, clamp the rest, round to nearest
+    "Sensitivity": Sensitivity,  # measure what each weight can bear; changes nothing
+    "AutoBits": AutoBits,  # choose widths under a budget by that, then let a method quantize
 }
 
-__all__ = ["AWQ", "GPTQ", "METHODS", "RTN", "FlatQuant", "QuaRot", "SmoothQuant"]
+__all__ = [
+    "AWQ",
+    "GPTQ",
+    "METHODS",
+    "RTN",
+    "AutoBits",
+    "FlatQuant",
+    "QuaRot",
+    "Sensitivity",
+    "SmoothQuant",
+]

@@ -108,7 +108,7 @@ class AWQ:
                         f"block {i}: {site} cannot be scaled: {why}; leave it out of `sites`"
                     )
 
-    def plan_block(self, block: Block, hidden: Any, batches: int) -> BlockPlan:
+    def plan_block(self, block: Block, hidden: Any, batches: int, n_blocks: int) -> BlockPlan:
         """The programs of one block and what they make of it, for a dry run."""
         sites, _ = _sites(self, block)
         windows = min(batches * hidden.shape[0], _windows(self, hidden.shape[1]))

@@ -164,6 +164,11 @@ class FlatQuant:
     def check(self, model: Decoder) -> None:
         """Raises ValueError where the settings do not fit the model; reads no block."""
         self.scheme.check(len(model.blocks))
+        if named := self.scheme.linears:
+            raise ValueError(
+                f"an override names {named[0]}; FlatQuant has one width for all linears at a site, "
+                "give the site"
+            )
         if self.weight is not None:
             check_grid(model, self.weight)
         for i, block in enumerate(map(block_struct, model.blocks)):
@@ -197,7 +202,7 @@ class FlatQuant:
         visit = functools.partial(fit_block, self, len(model.blocks))
         return blockwise("FlatQuant", model, calib, visit, "original", run)
 
-    def plan_block(self, block: Block, hidden: Any, batches: int) -> BlockPlan:
+    def plan_block(self, block: Block, hidden: Any, batches: int, n_blocks: int) -> BlockPlan:
         """The programs of one block and what they make of it, for a dry run."""
         dense = jax.eval_shape(as_float32, block)
         setting = self.setting(block, 0, 1)

@@ -93,27 +93,31 @@ class GPTQ:
 
         return blockwise("GPTQ", model, calib, visit, run=run)
 
+    @property
+    def scheme(self) -> Scheme:
+        """The grids of the whole model."""
+        return Scheme(self.weight, overrides=self.overrides)
+
     def check(self, model: Decoder) -> None:
         """Raises ValueError where the settings do not fit the model; reads no block."""
-        Scheme(self.weight, overrides=self.overrides).check(len(model.blocks))
-        check_grid(model, self.weight)
+        self.scheme.check(len(model.blocks))
+        check_grid(model, self.weight, self.scheme.linears)
         for i, block in enumerate(map(block_struct, model.blocks)):
             here = settings_in_block(self, i, len(model.blocks))
             for path, site in anatomy(block).linears.items():
                 w = get_at(block, path).w
-                if isinstance(w, QTensor) and _at(here, site):
+                if isinstance(w, QTensor) and here.scheme.at(site, 0, 1, path).weight:
                     raise ValueError(
                         f"block {i}, {path} is already quantized to {w.bits} bits; GPTQ needs the "
                         "weight as it was"
                     )
 
-    def plan_block(self, block: Block, hidden: Any, batches: int) -> BlockPlan:
+    def plan_block(self, block: Block, hidden: Any, batches: int, n_blocks: int) -> BlockPlan:
         """The programs of one block and what they make of it, for a dry run."""
         dense = jax.eval_shape(functools.partial(_for_calibration, self), block)
         programs, solved = [], {}
         for wave in _waves(self, dense):
-            wave = [read for read in wave if _at(self, read.site)]
-            if not wave:
+            if not (wave := [read for read in wave if read.grid]):
                 continue
             states = jax.eval_shape(lambda wave=wave: _init(self, dense, wave))
             static = dict(update=hessian_update, stage=_stage(self))
@@ -121,7 +125,7 @@ class GPTQ:
             for read in wave:
                 weights = {path: get_at(dense, path).w for path in read.paths}
                 args = weights, states[read.place].total
-                program = Program(_solve_jit, args, 1, dict(cfg=_at(self, read.site)))
+                program = Program(_solve_jit, args, 1, dict(cfg=_with_grid(self, read.grid)))
                 programs.append(program)
                 solved |= {f"{path}.w": new[0] for path, new in program.result().items()}
         programs.append(Program(block_step, (dense, hidden), batches))
@@ -129,15 +133,17 @@ class GPTQ:
 
 
 class Read(NamedTuple):
-    """Linears that read one activation: at the site they share, or at a site of their own.
+    """Linears on one grid that read one activation, which are solved together.
 
     Attributes:
-      site: the shared site, which decides about widths.
-      place: the site behind which they read, "q_in" say where something happens there.
+      site: the one that all consumers share.
+      place: the site behind which these read, "q_in" say where something happens there.
+      grid: None where exceptions leave them as they are.
     """
 
     site: str
     place: str
+    grid: QuantSpec | None
     paths: tuple[str, ...]
 
 
@@ -146,14 +152,13 @@ def solve_block(cfg: GPTQ, step: BlockStep) -> tuple[Block, Metrics]:
     block = _for_calibration(cfg, step.block)
     solved, metrics = {}, {}
     for wave in _waves(cfg, block):
-        grids = {read.place: _at(cfg, read.site) for read in wave}
-        hessians = _hessians(cfg, step, block, [read for read in wave if grids[read.place]])
-        for site, place, paths in wave:
-            here, weights = grids[place], {path: get_at(block, path).w for path in paths}
-            if here is None:
-                reason = {"skipped": f"an override leaves {site} at 16 bits"}
+        hessians = _hessians(cfg, step, block, [read for read in wave if read.grid])
+        for _, place, grid, paths in wave:
+            if grid is None:
+                reason = {"skipped": "an override leaves it at 16 bits"}
                 metrics |= {path: dict(reason) for path in paths}
                 continue
+            here, weights = _with_grid(cfg, grid), {path: get_at(block, path).w for path in paths}
             solutions = _solve(here, weights, hessians[place])
             for path in paths:
                 quantized, values, numbers = solutions[path]
@@ -179,22 +184,22 @@ def _stage(cfg: GPTQ) -> Stage:
     return "quantized" if cfg.quantized_activations else "transformed"
 
 
-def _at(cfg: GPTQ, site: str) -> GPTQ | None:
-    """The settings at one site; None where an exception leaves it alone."""
-    weight = Scheme(cfg.weight, overrides=cfg.overrides).at(site, 0, 1).weight
-    return None if weight is None else dataclasses.replace(cfg, weight=weight, overrides=())
+def _with_grid(cfg: GPTQ, grid: QuantSpec) -> GPTQ:
+    """The settings for linears on one grid."""
+    return dataclasses.replace(cfg, weight=grid, overrides=())
 
 
 def _waves(cfg: GPTQ, block: Block) -> list[list[Read]]:
     """What is solved from one pass over the inputs."""
     waves = []
     for name, part in anatomy(block).sites.items():
-        places: dict[str, tuple[str, ...]] = {}
+        reads: dict[tuple, tuple[str, ...]] = {}
         for path in part.consumers:
             own = CONSUMER_SITES.get(path)
             place = own if block.sites.get(own, Site()) != Site() else name
-            places[place] = (*places.get(place, ()), path)
-        waves.append([Read(name, place, paths) for place, paths in places.items()])
+            key = place, cfg.scheme.at(name, 0, 1, path).weight
+            reads[key] = (*reads.get(key, ()), path)
+        waves.append([Read(name, *key, paths) for key, paths in reads.items()])
     return waves if cfg.sequential else [[read for wave in waves for read in wave]]
 
 

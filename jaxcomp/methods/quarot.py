@@ -129,7 +129,7 @@ class QuaRot:
         if self.ffn:
             _check_order("site ffn_mid: d_ff", channels(block, "ffn_mid"), "ffn=False")
 
-    def plan_block(self, block: Block, hidden: Any, batches: int) -> BlockPlan:
+    def plan_block(self, block: Block, hidden: Any, batches: int, n_blocks: int) -> BlockPlan:
         """The programs of one block and what they make of it, for a dry run."""
         width = channels(block, "attn_in")
         args = jax.eval_shape(lambda: (residual_rotation(self, width), head_mix(self, block)))

@@ -104,7 +104,7 @@ class RTN:
         """Raises ValueError where the settings do not fit the model; reads no block."""
         self.scheme.check(len(model.blocks))
         if self.weight is not None:
-            check_grid(model, self.weight)
+            check_grid(model, self.weight, self.scheme.linears)
         for i, block in enumerate(map(block_struct, model.blocks)):
             for site in site_grids(settings_in_block(self, i, len(model.blocks)), block):
                 part = anatomy(block).sites.get(site)
@@ -116,11 +116,11 @@ class RTN:
                             f"at {site}; leave that grid out, or start from the model without it"
                         )
 
-    def plan_block(self, block: Block, hidden: Any, batches: int) -> BlockPlan:
+    def plan_block(self, block: Block, hidden: Any, batches: int, n_blocks: int) -> BlockPlan:
         """The programs of one block and what they make of it, for a dry run."""
         programs, rounded = [], block
         for path, site in anatomy(block).linears.items():
-            spec, w = self.scheme.at(site, 0, 1).weight, get_at(block, path).w
+            spec, w = self.scheme.at(site, 0, 1, path).weight, get_at(block, path).w
             if spec is None or isinstance(w, QTensor):
                 continue
             program = Program(_round, (w,), 1, dict(spec=spec, clip=self.clip))
@@ -144,13 +144,13 @@ def round_block(cfg: RTN, step: BlockStep) -> tuple[Block, Metrics]:
     """Quantizes one block's weights and puts quantizers at its sites; `cfg` has its overrides."""
     block, metrics = step.block, {}
     for path, site in anatomy(block).linears.items():
-        spec, w = cfg.scheme.at(site, 0, 1).weight, get_at(block, path).w
+        spec, w = cfg.scheme.at(site, 0, 1, path).weight, get_at(block, path).w
         if cfg.weight is None:
             continue
         if isinstance(w, QTensor):
             metrics[path] = {"skipped": f"already quantized to {w.bits} bits"}
         elif spec is None:
-            metrics[path] = {"skipped": f"an override leaves {site} at 16 bits"}
+            metrics[path] = {"skipped": "an override leaves it at 16 bits"}
         else:
             quantized, error = _round(w, spec=spec, clip=cfg.clip)
             block = replace_at(block, f"{path}.w", quantized)

@@ -59,7 +59,7 @@ class SmoothQuant:
         """Raises ValueError where the settings do not fit the model; reads no block."""
         check_scalable(model, self.sites)
 
-    def plan_block(self, block: Block, hidden: Any, batches: int) -> BlockPlan:
+    def plan_block(self, block: Block, hidden: Any, batches: int, n_blocks: int) -> BlockPlan:
         """The programs of one block and what they make of it, for a dry run."""
         states = jax.eval_shape(lambda: _init(self, block))
         static = dict(update=magnitude_update, stage="raw")

@@ -5,6 +5,7 @@ the block (`attn.q` is `block.attn.q`), and the tables are dispatched on node ty
 """
 
 import functools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from jaxcomp.core.quantize import QuantSpec, n_groups
@@ -73,12 +74,18 @@ def channels(block: Block, site: str) -> int:
     return get_at(block, anatomy(block)[site].consumers[0]).w.shape[-2]
 
 
-def check_grid(model: Decoder, spec: QuantSpec) -> None:
+def check_grid(model: Decoder, spec: QuantSpec, named: Iterable[str] = ()) -> None:
     """Refuses a weight grid that some linear of the blocks cannot take; reads no block.
+
+    Args:
+      named: paths of linears that settings speak of, which must exist.
 
     Raises:
       ValueError: names the block, the linear and what is wrong.
     """
+    known = {path: None for b in map(block_struct, model.blocks) for path in anatomy(b).linears}
+    if absent := [path for path in named if path not in known]:
+        raise ValueError(f"no block has a linear {absent[0]!r}; there is: {', '.join(known)}")
     for i, block in enumerate(map(block_struct, model.blocks)):
         for path in anatomy(block).linears:
             try:

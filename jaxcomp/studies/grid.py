@@ -134,7 +134,7 @@ def _state(runs: list[PlannedRun]) -> str:
         json.loads(state.read_text())["done"]
         for run in runs
         if not run.is_done
-        for state in run.partial.glob("step.*/state.json")
+        for state in run.partial.glob("step.*/**/state.json")
     )
     parts = [f"{done} of {len(runs)} done"] if done else []
     parts += [f"continues after {blocks} finished blocks"] if blocks else []

@@ -46,11 +46,19 @@ def test_where_several_exceptions_hold_the_last_counts():
     )  # says nothing of it
 
 
+def test_an_exception_for_linears_changes_their_weights_alone():
+    rules = scheme(Override(sites=("attn_in",), linears=("attn.v",), weight_bits=8))
+    assert rules.at("attn_in", 0, 2, "attn.v").weight.bits == 8
+    assert rules.at("attn_in", 0, 2, "attn.q") == rules.at("attn_in", 0, 2) == scheme()
+    assert rules.linears == ("attn.v",)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         (dict(sites=("ffn_out",)), "no site 'ffn_out'; there is: attn_in, query, k_cache"),
         (dict(weight_bits=1), r"weight_bits=1 is outside 2\.\.8 and not 16"),
+        (dict(linears=("attn.q",), act_bits=8), "linears share what they read, so name the site"),
         (dict(kv_bits=9), r"kv_bits=9 is outside 2\.\.8 and not 16"),
     ],
 )

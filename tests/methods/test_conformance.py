@@ -18,7 +18,7 @@ from jaxcomp.core.linear import Linear
 from jaxcomp.core.quantize import QTensor, QuantSpec
 from jaxcomp.core.store import save_tree
 from jaxcomp.core.tree import get_at, named_leaves
-from jaxcomp.methods import GPTQ, METHODS, RTN
+from jaxcomp.methods import GPTQ, METHODS, RTN, AutoBits
 from jaxcomp.models.anatomy import anatomy
 from jaxcomp.models.decoder import forward, iter_blocks, load_block, map_blocks
 from jaxcomp.models.families import FAMILIES
@@ -28,6 +28,7 @@ Q8 = QuantSpec(8, granularity="token", dynamic=True)
 KV8 = QuantSpec(8, granularity="head", symmetric=False, dynamic=True)
 STATIC8 = QuantSpec(8, granularity="tensor", symmetric=False)
 EVERY_SITE = ("attn_in", "attn_out", "ffn_in", "ffn_mid")
+INSIDE = ("attn_out", "ffn_mid")
 K8 = QuantSpec(8, granularity="channel", symmetric=False)
 
 # method → setting → bits → the method, or a tuple of steps in order. Every setting quantizes the
@@ -70,9 +71,11 @@ CASES = {
             GPTQ(QuantSpec(bits)),
             RTN(weight=None, act=Q8, kv=KV8),
         ),
+        "all but the stream, then RTN": lambda m, bits: (m(residual=False), RTN(QuantSpec(bits))),
     },
     "SmoothQuant": {
         "then RTN": lambda m, bits: (m(), RTN(QuantSpec(bits), act=Q8, kv=KV8)),
+        "inside the units, then RTN": lambda m, bits: (m(0.5, INSIDE), RTN(QuantSpec(bits))),
         "everywhere, then GPTQ": lambda m, bits: (m(0.85, EVERY_SITE), GPTQ(QuantSpec(bits))),
     },
     "FlatQuant": {
@@ -100,6 +103,23 @@ CASES = {
         ),
     },
 }
+CASES |= {
+    "Sensitivity": {
+        "by linear, then RTN": lambda m, bits: (m(QuantSpec(bits)), RTN(QuantSpec(bits))),
+        "by site, then GPTQ": lambda m, bits: (
+            m(QuantSpec(bits, group_size=16, symmetric=False), bits=(2, bits), by="site"),
+            GPTQ(QuantSpec(bits)),
+        ),
+        "by block, then RTN": lambda m, bits: (m(by="block"), RTN(QuantSpec(bits))),
+    },
+    # One width to choose from: every weight must then have it.
+    "AutoBits": {
+        "by site": lambda m, bits: m(RTN(QuantSpec(bits)), bits + 2.0, bits=(bits,)),
+        "by linear, for GPTQ": lambda m, bits: m(
+            GPTQ(QuantSpec(bits, group_size=16)), bits + 2.0, bits=(bits,), by="linear"
+        ),
+    },
+}
 # method → setting → the method with all quantization off: the model computes what it did.
 TRANSFORMS = {
     "QuaRot": {
@@ -107,13 +127,25 @@ TRANSFORMS = {
         "orthogonal": lambda m: m(head_mix="orthogonal", rotation="orthogonal", seed=1),
         "cache alone": lambda m: m(residual=False, values=False, ffn=False, head_mix="none"),
         "stream alone": lambda m: m(values=False, keys=False, ffn=False, head_mix="none"),
+        "all but the stream": lambda m: m(residual=False),
     },
-    "SmoothQuant": {"everywhere": lambda m: m(sites=EVERY_SITE)},
+    "SmoothQuant": {
+        "everywhere": lambda m: m(sites=EVERY_SITE),
+        "inside the units": lambda m: m(sites=INSIDE),
+    },
+    "Sensitivity": {"by site": lambda m: m(by="site")},
 }
 # method → the parts of the model outside the blocks that it changes, in function-preserving ways.
 REWRITES = {"QuaRot": ("embed", "norm", "lm_head")}
-# (method, family) → why the anatomy of the family does not allow it.
-REFUSALS: dict[tuple[str, str], str] = {}
+# (method/setting, family) → why the anatomy of the family does not allow it.
+REFUSALS: dict[tuple[str, str], str] = {
+    (f"QuaRot/{setting}", family): "a norm stands between a unit and the residual stream"
+    for setting in ("then RTN", "orthogonal, then GPTQ", "hadamard", "orthogonal", "stream alone")
+    for family in ("gemma3_text", "olmo2")
+} | {
+    (f"SmoothQuant/{setting}", "olmo2"): "no norm stands before a unit to absorb a scale"
+    for setting in ("then RTN", "everywhere, then GPTQ", "everywhere")
+}
 
 # Tied with biases; windowed with a wide head; norms on queries and keys. The rest is slow.
 CI_FAMILIES = ("qwen2", "mistral", "qwen3")
@@ -125,6 +157,8 @@ CI_CASES = (
     "SmoothQuant/then RTN",
     "FlatQuant/round",
     "AWQ/grouped asym",
+    "Sensitivity/by linear, then RTN",
+    "AutoBits/by site",
 )
 GRID = [
     pytest.param(
@@ -158,6 +192,11 @@ def make(method, setting, bits):
     return steps if isinstance(steps, tuple) else (steps,)
 
 
+def inner(step):
+    """The method that a method calls after its own walk over the blocks, if it has one."""
+    return (step.method,) if isinstance(step, AutoBits) else ()
+
+
 def model_of(family):
     """All families with heads of 16 channels, so that they share the compilations of solvers."""
     return tiny.model(family, jax.random.key(0), head_dim=16)
@@ -175,15 +214,22 @@ def apply(steps, model, calib, store=None, progress=None):
 
 
 def compress(family, method, setting, bits, calib):
-    """The result, or a skip where REFUSALS excuses the method and it refuses as it should."""
+    """The result of a case on a family."""
+    steps, model = make(method, setting, bits), model_of(family)
+    return unless_refused(method, setting, family, lambda: apply(steps, model, calib))
+
+
+def unless_refused(method, setting, family, run):
+    """What `run` gives, or a skip where REFUSALS excuses the setting, which then must refuse."""
+    reason = REFUSALS.get((f"{method}/{setting}", family))
     try:
-        result = apply(make(method, setting, bits), model_of(family), calib)
+        result = run()
     except ValueError as refusal:
-        if (method, family) not in REFUSALS:
+        if reason is None:
             raise
-        assert family in str(refusal) or "anatomy" in str(refusal)
-        pytest.skip(REFUSALS[method, family])
-    assert (method, family) not in REFUSALS, "a refusal is listed and does not happen"
+        assert "anatomy" in str(refusal)
+        pytest.skip(reason)
+    assert reason is None, "a refusal is listed and does not happen"
     return result
 
 
@@ -207,7 +253,9 @@ def linears(block):
 def test_every_method_has_cases_and_every_case_and_refusal_a_method():
     assert CASES.keys() == METHODS.keys()
     assert TRANSFORMS.keys() | REWRITES.keys() <= METHODS.keys()
-    assert set(REFUSALS) <= {(m, f) for m in METHODS for f in FAMILIES}
+    settings = {f"{m}/{s}" for table in (CASES, TRANSFORMS) for m in table for s in table[m]}
+    assert {setting for setting, _ in REFUSALS} <= settings
+    assert {family for _, family in REFUSALS} <= FAMILIES.keys()
     assert set(CI_CASES) <= {f"{m}/{s}" for m, settings in CASES.items() for s in settings}
     assert {c.split("/")[0] for c in CI_CASES} == METHODS.keys()  # none is left to slow runs alone
 
@@ -307,7 +355,8 @@ def test_progress_is_told_after_every_block(family, method, setting, calib):
     told, steps = [], make(method, setting, 4)
     progress = lambda step, done, total, rows: told.append((step, done, total))  # noqa: E731
     apply(steps, model_of(family), calib, progress=progress)
-    assert told == [(type(step).__name__, done, 2) for step in steps for done in range(3)]
+    names = [type(part).__name__ for step in steps for part in (step, *inner(step))]
+    assert told == [(name, done, 2) for name in names for done in range(3)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -317,6 +366,7 @@ def test_progress_is_told_after_every_block(family, method, setting, calib):
 def test_with_quantization_off_the_model_computes_what_it_did(method, setting, family, calib):
     model, tokens = tiny.model(family, jax.random.key(0)), tiny.tokens(jax.random.key(2))
     step = TRANSFORMS[method][setting](METHODS[method])
-    found, expected = forward(step(model, calib).model, tokens), forward(model, tokens)
+    result = unless_refused(method, setting, family, lambda: step(model, calib))
+    found, expected = forward(result.model, tokens), forward(model, tokens)
     spread = float(jnp.max(expected) - jnp.min(expected))
     np.testing.assert_allclose(found, expected, atol=1e-4 * spread, rtol=0)

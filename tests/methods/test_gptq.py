@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,6 +108,16 @@ def test_a_linear_with_a_site_of_its_own_is_solved_for_what_it_sees(model, calib
     assert np.array_equal(on.k.w.packed, off.k.w.packed)
 
 
+@pytest.mark.parametrize("sequential", [True, False])
+def test_an_exception_may_be_for_one_of_the_linears_at_a_site(model, calib, sequential):
+    rule = Override(linears=("attn.v",), weight_bits=8)
+    mixed = GPTQ(W3, overrides=(rule,), sequential=sequential)(model, calib).model.blocks[0]
+    wide = GPTQ(dataclasses.replace(W3, bits=8), sequential=sequential)(model, calib).model
+    assert [get_at(mixed, p).w.bits for p in ("attn.q", "attn.k", "attn.v")] == [3, 3, 8]
+    # The linears at a site see the same Hessian, so v comes out as where all have eight bits.
+    np.testing.assert_array_equal(mixed.attn.v.w.packed, wide.blocks[0].attn.v.w.packed)
+
+
 def test_exceptions_hold_where_they_say(model, calib):
     rules = (
         Override(sites=("attn_in",), weight_bits=8),
@@ -115,8 +127,10 @@ def test_exceptions_hold_where_they_say(model, calib):
     block, rows = result.model.blocks[0], {r.linear: r.metrics for r in result.rows}
     assert [get_at(block, p).w.bits for p in ("attn.q", "attn.o", "ffn.up")] == [8, 3, 3]
     assert rows["attn.q"]["bits"] == 8
-    assert rows["ffn.down"] == {"skipped": "an override leaves ffn_mid at 16 bits"}
+    assert rows["ffn.down"] == {"skipped": "an override leaves it at 16 bits"}
     np.testing.assert_array_equal(block.ffn.down.w, model.blocks[0].ffn.down.w)
     assert isinstance(block.ffn.down, Linear)
+    with pytest.raises(ValueError, match=r"no block has a linear 'attn.qkv'; there is: attn.q, "):
+        GPTQ(overrides=(Override(linears=("attn.qkv",), weight_bits=8),)).check(model)
     with pytest.raises(ValueError, match="block 7, and the model has 1 blocks"):
         GPTQ(overrides=(Override(blocks=(7,), weight_bits=8),)).check(model)

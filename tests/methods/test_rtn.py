@@ -101,7 +101,7 @@ def test_static_ranges_need_text_and_a_dry_run_knows_their_pass(model, calib):
     plans = [plan(model, (cfg,), calib)[0] for cfg in (static, dynamic)]
     assert plans[0].seconds > plans[1].seconds > 0
     names = lambda cfg: [  # noqa: E731
-        p.function.__name__ for p in cfg.plan_block(model.blocks[0], jnp.ones((2, 12, 32)), 2)[0]
+        p.function.__name__ for p in cfg.plan_block(model.blocks[0], jnp.ones((2, 12, 32)), 2, 2)[0]
     ]
     assert names(static) == [*names(dynamic), "capture_batch", "block_step"]
 
@@ -128,7 +128,7 @@ def test_exceptions_hold_where_they_say(model):
     assert first.sites["ffn_mid"].quantizer.spec.bits == 8
     assert "k_cache" in first.sites and "k_cache" not in last.sites
     rows = {(row.block, row.linear): row.metrics for row in result.rows}
-    assert rows[0, "ffn.down"] == {"skipped": "an override leaves ffn_mid at 16 bits"}
+    assert rows[0, "ffn.down"] == {"skipped": "an override leaves it at 16 bits"}
     assert rows[1, "ffn.down"]["bits"] == 8
     with pytest.raises(ValueError, match="block 2, and the model has 2 blocks"):
         RTN(overrides=(Override(blocks=(2,), weight_bits=8),)).check(model)

@@ -1,0 +1,167 @@
+"""Sensitivity: what the next token loses when a few weights are quantized and all others are not.
+
+A probe is a set of linears of one block on one grid. Its price is the mean over calibration tokens
+of KL(p ‖ p′) in nats between the next-token distributions of the model as it came and of the model
+with that probe alone, rounded to nearest within searched ranges.
+
+Every probe of block i starts from what enters block i and goes through all blocks behind it, so a
+model of n blocks with m probes a block costs m (n + 1)/2 passes through all blocks.
+"""
+
+import functools
+import typing
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxcomp.calibrate.plan import Program
+from jaxcomp.calibrate.stream import BlockStep, Calibration, Metrics, Result, Run, blockwise
+from jaxcomp.core.metrics import Row
+from jaxcomp.core.quantize import QTensor, QuantSpec, dequantize, quantize_with
+from jaxcomp.core.tree import get_at, replace_many
+from jaxcomp.models.anatomy import anatomy
+from jaxcomp.models.decoder import Block, Decoder, block_struct, iter_blocks
+from jaxcomp.models.head import Head, next_token_gap, open_head
+from jaxcomp.models.stream import Hidden, block_step, embed_batches, run_blocks, step_batches
+from jaxcomp.solvers.clipping import search_range
+
+By = Literal["linear", "site", "block"]
+
+
+class Reference(NamedTuple):
+    """What the model as it came says about the calibration text.
+
+    Attributes:
+      head: final norm and output layer.
+      final: hidden states after the last block, a batch each.
+      targets: the tokens that follow, a batch each.
+    """
+
+    head: Head
+    final: Hidden
+    targets: list[Int[np.ndarray, "batch time"]]
+
+
+def measure(
+    name: str,
+    model: Decoder,
+    calib: Calibration | None,
+    grids: Iterable[QuantSpec],
+    by: By,
+    run: Run = Run(),
+) -> Result:
+    """The model as it came, and the price of every probe in the rows of its blocks.
+
+    Args:
+      name: of the step, in rows and messages.
+      grids: what each probe is tried with; they differ in their bits.
+      by: what is one probe, a "linear", all linears that read one "site", or a "block".
+      run: on one process.
+
+    Returns:
+      `kl:<what>:<bits>` in the row of each block, in nats a token; see `prices`.
+    """
+    if run.place.processes > 1:
+        raise ValueError(
+            f"{name} looks at the whole text, and {run.place.processes} processes hold a part "
+            "each; give it a mesh over the devices of one process"
+        )
+    grids = tuple(grids)
+    known = functools.cache(lambda: _reference(model, calib))
+
+    def visit(step: BlockStep) -> tuple[Block, Metrics]:
+        streams = {}
+        for what, paths in probes(step.block, by).items():
+            for spec in grids:
+                probe = rounded(step.block, paths, spec)
+                streams[f"kl:{what}:{spec.bits}"] = step_batches(
+                    probe, step.hidden, place=step.place
+                )
+        for block in iter_blocks(model.replace(blocks=model.blocks[step.index + 1 :])):
+            there = jax.device_put(block)
+            streams = {
+                key: step_batches(there, hidden, place=step.place)
+                for key, hidden in streams.items()
+            }
+        return step.block, {"": {key: _price(known(), hidden) for key, hidden in streams.items()}}
+
+    return blockwise(name, model, calib, visit, "original", run)
+
+
+def prices(rows: Iterable[Row], step: str) -> Iterator[tuple[int, str, int, float]]:
+    """(block, what, bits, KL) of every probe in the rows of a step named `step`."""
+    for row in rows:
+        for key, value in row.metrics.items() if row.step == step else ():
+            if key.startswith("kl:"):
+                _, what, bits = key.split(":")
+                yield row.block, what, int(bits), value
+
+
+def probes(block: Block, by: By) -> dict[str, tuple[str, ...]]:
+    """What is quantized at a time → its linears."""
+    parts = anatomy(block)
+    if by == "site":
+        return {site: part.consumers for site, part in parts.sites.items()}
+    if by == "block":
+        return {"block": tuple(parts.linears)}
+    return {path: (path,) for path in parts.linears}
+
+
+def check_probes(model: Decoder, by: str) -> None:
+    """Refuses a word for `by` that there is not, and weights that are quantized already.
+
+    Raises:
+      ValueError: names the block and the linear.
+    """
+    if by not in typing.get_args(By):
+        raise ValueError(f"by={by!r} is none of {', '.join(typing.get_args(By))}")
+    for i, block in enumerate(map(block_struct, model.blocks)):
+        for path in anatomy(block).linears:
+            if isinstance(w := get_at(block, path).w, QTensor):
+                raise ValueError(
+                    f"block {i}, {path} is already quantized to {w.bits} bits, and its sensitivity "
+                    "is that of the weight as it was"
+                )
+
+
+def plan_probes(
+    block: Block, hidden: Any, batches: int, n_blocks: int, grids: Iterable[QuantSpec], by: By
+) -> list[Program]:
+    """The programs of `measure` for a block in the middle; the head's are not among them."""
+    grids = tuple(grids)
+    paths = [path for group in probes(block, by).values() for path in group]
+    weights = [get_at(block, path).w for path in paths]
+    rounding = [Program(_round, (w,), 1, dict(spec=spec)) for w in weights for spec in grids]
+    passes = batches * len(probes(block, by)) * len(grids) * (n_blocks + 1) // 2
+    return [*rounding, Program(block_step, (block, hidden), passes + 2 * batches)]
+
+
+def rounded(block: Block, paths: Iterable[str], spec: QuantSpec) -> Block:
+    """The block with some weights on their grid, in their stored dtypes."""
+    return replace_many(block, {f"{p}.w": _round(get_at(block, p).w, spec=spec) for p in paths})
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _round(w: Float[Array, "in_ch out_ch"], spec: QuantSpec) -> Float[Array, "in_ch out_ch"]:
+    values = w.astype(jnp.float32)
+    codes = quantize_with(values, *search_range(values, spec), spec)
+    return dequantize(codes).astype(w.dtype)
+
+
+def _reference(model: Decoder, calib: Calibration) -> Reference:
+    tokens = [calib.tokens[i : i + calib.batch] for i in range(0, len(calib.tokens), calib.batch)]
+    hidden = [x for t in tokens for x in embed_batches(model, t, len(t))]
+    return Reference(open_head(model), run_blocks(model, hidden), [t[:, 1:] for t in tokens])
+
+
+def _price(known: Reference, hidden: Hidden) -> float:
+    total, count = 0.0, 0
+    for x, y, targets in zip(known.final, hidden, known.targets, strict=True):
+        gap = next_token_gap(known.head, known.head, x[:, :-1], y[:, :-1], targets)
+        total += float(jnp.sum(gap.kl))
+        count += targets.size
+    return total / count
