@@ -4,6 +4,7 @@ Source: `gguf.tensor_mapping` of llama.cpp's Python package, for the families re
 """
 
 import re
+from typing import NamedTuple
 
 MODEL = {  # GGUF → Hugging Face
     "token_embd": "model.embed_tokens",
@@ -22,6 +23,28 @@ BLOCK = {  # blk.{i}.<GGUF> → model.layers.{i}.<Hugging Face>
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+}
+
+
+class Architecture(NamedTuple):
+    """What llama.cpp makes of a family.
+
+    Attributes:
+      name: `general.architecture`.
+      interleaved: RoPE turns neighbouring channels, so that rows of q and k are reordered.
+      biases: it has the biases that the family may have.
+    """
+
+    name: str
+    interleaved: bool = False
+    biases: bool = True
+
+
+ARCHITECTURES = {  # family → architecture
+    "llama": Architecture("llama", interleaved=True),
+    "mistral": Architecture("llama", interleaved=True),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3", biases=False),
 }
 
 
