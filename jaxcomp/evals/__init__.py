@@ -1,11 +1,15 @@
 """Evaluations: frozen settings, called on a model and a tokenizer's encode; each gives numbers."""
 
+from jaxcomp.evals.choice import Choice
 from jaxcomp.evals.cost import Cost
+from jaxcomp.evals.gold import Gold
 from jaxcomp.evals.perplexity import Perplexity
 
 EVALS = {
     "Perplexity": Perplexity,  # exp of the mean next-token loss on a text
+    "Choice": Choice,  # accuracy on a multiple-choice task, by likelihood
+    "Gold": Gold,  # bits a byte of a task's right answers
     "Cost": Cost,  # bytes, bits a weight, tokens a second, peak memory
 }
 
-__all__ = ["EVALS", "Cost", "Perplexity"]
+__all__ = ["EVALS", "Choice", "Cost", "Gold", "Perplexity"]

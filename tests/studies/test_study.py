@@ -177,7 +177,7 @@ def test_seeds_are_a_mean_a_deviation_and_every_value(finished):
     mean, deviation = sum(values) / 2, abs(values[0] - values[1]) / 2**0.5
     table = (out / "study.md").read_text()
     assert f"{mean:.1f} ± {deviation:.2g}" in table
-    assert f"calib.seed = 0, 1: perplexity text.txt @24 {values[0]:.1f}, " in table
+    assert f"calib.seed = 0, 1: perplexity text.txt @24 first 100 {values[0]:.1f}, " in table
 
 
 def test_artefacts_are_kept_where_the_study_says_so(study, tmp_path):
