@@ -34,7 +34,6 @@ from jaxcomp.calibrate.stream import Calibration, Run, StepStore, check_batches,
 from jaxcomp.data.batches import evaluation_windows, sample_hash, sample_windows
 from jaxcomp.data.corpora import load_text
 from jaxcomp.data.tasks import load_task
-from jaxcomp.data.tasks import load_task
 from jaxcomp.evals.perplexity import Perplexity
 from jaxcomp.hub.read import open_checkpoint
 from jaxcomp.hub.tokenizer import encode, load_tokenizer
