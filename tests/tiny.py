@@ -39,6 +39,8 @@ COMMON = dict(
     eos_token_id=2,
     torch_dtype="float32",
 )
+SHORT = [1.0, 1.1, 1.3, 1.4, 1.6, 1.7, 1.8, 1.9]  # LongRoPE's divisors, cut to the pairs that turn
+LONG = [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0]
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": dict(head_dim=8, tie_word_embeddings=True, attention_bias=False, mlp_bias=False),
     "mistral": dict(head_dim=16, sliding_window=8),
@@ -61,9 +63,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         partial_rotary_factor=0.75,
         original_max_position_embeddings=12,
         pad_token_id=1,
-        rope_scaling=dict(
-            type="longrope", short_factor=[1.0, 1.1, 1.3], long_factor=[1.0, 2.0, 5.0]
-        ),
+        rope_scaling=dict(type="longrope", short_factor=SHORT, long_factor=LONG),
     ),
 }
 SENTENCES = [
@@ -77,7 +77,12 @@ def hf_config(family: str, **overrides: Any) -> dict[str, Any]:
     """The `config.json` of a tiny model; a value of None removes the field."""
     names = {"architectures": [FAMILIES[family].ARCHITECTURE], "model_type": family}
     config = names | COMMON | CONFIGS[family] | overrides
-    return {k: v for k, v in config.items() if v is not None}
+    config = {k: v for k, v in config.items() if v is not None}
+    if (scaling := config.get("rope_scaling", {})).get("short_factor") is SHORT:
+        pairs = int(config.get("head_dim", 8) * config.get("partial_rotary_factor", 1.0)) // 2
+        cut = dict(short_factor=SHORT[:pairs], long_factor=LONG[:pairs])
+        config["rope_scaling"] = scaling | cut
+    return config
 
 
 def model(family: str, key: jax.Array, **overrides: Any) -> Decoder:

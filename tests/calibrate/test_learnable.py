@@ -40,7 +40,9 @@ def params_of(block, setting, form="svd", init="cayley"):
     transforms = init_transforms(factor_shapes(block, setting, {}), jax.random.key(0), form, init)
     weight_clip, act_clip = init_clips(block, setting)
     widths = {"attn_in": 32, "ffn_in": 32, "ffn_mid": 48}
-    scale = {s: jnp.exp(jax.random.normal(jax.random.key(1), (n,)) / 2) for s, n in widths.items()}
+    absorbed = {s: n for s, n in widths.items() if anatomy(block)[s].producer}
+    draw = lambda n: jnp.exp(jax.random.normal(jax.random.key(1), (n,)) / 2)  # noqa: E731
+    scale = {s: draw(n) for s, n in absorbed.items()}
     params = {"transform": transforms, "scale": scale}
     params |= {"weight_clip": weight_clip, "act_clip": act_clip}
     keys = iter(jax.random.split(jax.random.key(2), len(jax.tree.leaves(params))))

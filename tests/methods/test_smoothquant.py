@@ -41,7 +41,7 @@ def numbers(result, block=0):
     return next(r.metrics for r in result.rows if r.block == block and r.linear is None)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "olmo2"])
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_smoothing_leaves_the_logits_unchanged(family, alpha, calib):
     model, tokens = model_of(family, outlier=50.0), tiny.tokens(jax.random.key(2))

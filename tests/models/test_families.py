@@ -204,6 +204,7 @@ def test_old_and_new_spellings_of_gemma3_mean_the_same():
 
 
 LONG = dict(short_factor=[1.0] * 3, long_factor=[2.0] * 3)
+LONGROPE = LONG | dict(type="longrope")
 
 
 @pytest.mark.parametrize(
@@ -214,11 +215,14 @@ LONG = dict(short_factor=[1.0] * 3, long_factor=[2.0] * 3)
         (dict(rope_scaling=LONG | dict(type="su", factor=0)), "factor=0 must be a number above 0"),
         (dict(rope_scaling=LONG | dict(type="su", short_mscale=1.1)), "short_mscale='1.1'"),
         (dict(rope_scaling=dict(type="su")), "short_factor is missing"),
-        (dict(partial_rotary_factor=0.5), "short_factor='3 entries' must be a list of 2 numbers"),
+        (
+            dict(rope_scaling=LONGROPE, head_dim=16),
+            "short_factor='3 entries' must be a list of 6 nu",
+        ),
         (dict(partial_rotary_factor=0.4), "makes 3 of head_dim=8 channels turn"),
         (dict(partial_rotary_factor=1.5), "makes 12 of head_dim=8 channels turn"),
         (
-            dict(rope_scaling=LONG | dict(type="longrope", original_max_position_embeddings=9)),
+            dict(rope_scaling=LONGROPE | dict(original_max_position_embeddings=9)),
             "original_max_position_embeddings=9 disagrees with the 12 outside",
         ),
         (

@@ -126,11 +126,7 @@ def test_rope_scalings_of_the_blocks_without_a_window(scaling, spelling, tmp_pat
 @pytest.mark.parametrize("time", [12, 13, 40])
 @pytest.mark.parametrize("share", [0.75, 1.0])
 def test_longrope_on_both_sides_of_the_original_context(share, time, tmp_path):
-    pairs = int(8 * share) // 2
-    scaling = dict(
-        type="longrope", short_factor=[1.1] * pairs, long_factor=[1.0, 2.0, 4.0, 8.0][:pairs]
-    )
-    fields = dict(rope_scaling=scaling, partial_rotary_factor=share, sliding_window=5)
+    fields = dict(partial_rotary_factor=share, sliding_window=5)
     directory = tiny.checkpoint("phi3", KEY, tmp_path, **fields)
     tokens = tiny.tokens(KEY, time=time)
     ours = forward(open_checkpoint(directory).model, tokens)
