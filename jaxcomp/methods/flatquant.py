@@ -71,7 +71,8 @@ class FlatQuant:
     Attributes:
       weight: grid of every linear in the blocks; None leaves weights alone.
       act: dynamic grid of the linears' inputs; None leaves them alone.
-      kv: dynamic grid of cached keys and values; `k` and `v` replace it for one of them.
+      kv: dynamic grid of cached keys and values; None leaves them alone.
+      k, v: grids of the keys and of the values where they differ from `kv`.
       learn_transform, learn_scale, learn_clip: what is fitted: P, c, clipping factors. What is not
         fitted is absent.
       form: parametrisation of P, "svd" or "direct".
