@@ -13,6 +13,7 @@ from jaxcomp.report.record import (
     from_json,
     linear_error,
     recipe_text,
+    step_seconds,
     to_json,
 )
 from jaxcomp.report.size import sizes
@@ -38,6 +39,7 @@ __all__ = [
     "render_html",
     "size_table",
     "sizes",
+    "step_seconds",
     "structure_tree",
     "to_json",
     "write_html",

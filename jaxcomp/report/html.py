@@ -125,7 +125,7 @@ def _sections(
     yield Section("depth", "Depth", *_depth(comparison))
     linears = any(row.linear is not None for row in report.rows)
     yield Section(
-        "linears-section",
+        "linears",
         "Linears",
         [
             charts.linear_charts(rows) if rows else None,

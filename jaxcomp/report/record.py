@@ -95,6 +95,12 @@ def linear_error(row: Row) -> float | None:
     return value if isinstance(value, int | float) else None
 
 
+def step_seconds(report: Report) -> float:
+    """Wall time of the steps, together with what runs did that were killed before this one."""
+    steps = sum(s for name, s in report.seconds.items() if name[:1].isdigit())  # "0: GPTQ"
+    return max(steps, sum(row.seconds for row in report.rows))
+
+
 def recipe_text(recipe: dict[str, Any]) -> str:
     """The steps of a recipe in few words: "SmoothQuant + RTN W4g64 A8 KV8"."""
     return " + ".join(map(_step_text, recipe.get("steps", ()))) or "nothing"
@@ -107,6 +113,8 @@ def _step_text(step: dict[str, Any]) -> str:
         if isinstance(grid, dict) and "bits" in grid:
             size = f"g{grid['group_size']}" if grid.get("group_size") else ""
             parts.append(f"{letter}{grid['bits']}{size}")
+    if isinstance(inner := step.get("method"), dict):  # of a step that chooses for another method
+        parts.append(_step_text(inner))
     return " ".join(parts)
 
 

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from jaxcomp.report import Report
+from jaxcomp.report import Report, step_seconds
 
 Evals = Mapping[str, Mapping[str, Any]]  # name of the evaluation → name of the number → number
 
@@ -70,13 +70,11 @@ def choose_numbers(show: Iterable[str], evals: Evals) -> list[Number]:
 
 def facts_of(report: Report) -> dict[str, Any]:
     """What a table shows of a report, as JSON values."""
-    steps = sum(s for name, s in report.seconds.items() if name[0].isdigit())  # "0: GPTQ"
-    blocks = sum(row.seconds for row in report.rows)  # also those of the runs that were killed
     return {
         "evals": report.evals_after,
         "sizes": report.sizes,
         "seconds": report.seconds,
-        "compression_seconds": max(steps, blocks),
+        "compression_seconds": step_seconds(report),
         "peak_rss_bytes": report.peak_rss_bytes,
         "started": report.started,
         "environment": report.environment,

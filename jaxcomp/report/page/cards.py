@@ -6,14 +6,16 @@ from typing import Any
 
 from jaxcomp.report.page.markup import Html, el, join
 from jaxcomp.report.page.tables import text_of
-from jaxcomp.report.record import Report
+from jaxcomp.report.record import Report, step_seconds
 from jaxcomp.report.style import number
 from jaxcomp.report.table import change, duration, four_digits
 
 
 def cards(report: Report) -> Html:
     """The numbers that one looks for first; each with its full value in a `data` element."""
-    return el("dl", [_card(*card) for card in _card_list(report)], class_="cards")
+    shown = [_card(*card) for card in _card_list(report)]
+    fits = [n for n in (4, 3) if len(shown) % n in (0, n - 1)]  # with no gap at the end, or one
+    return el("dl", shown, class_="cards", style=f"--columns:{fits[0] if fits else 4}")
 
 
 def _card_list(report: Report) -> Iterable[tuple[str, Any, Any]]:
@@ -41,8 +43,8 @@ def _card_list(report: Report) -> Iterable[tuple[str, Any, Any]]:
         same, kl = number(output["top1"]), number(output["kl"])
         note = ("of next tokens; KL ", _value(kl, f"{kl:.3g}"), " nats")
         yield "same first choice", _value(same, f"{same:.1%}"), note
-    if seconds := sum(report.seconds.values()):
-        steps = sum(s for name, s in report.seconds.items() if name[:1].isdigit())
+    steps = step_seconds(report)
+    if seconds := steps + sum(s for name, s in report.seconds.items() if not name[:1].isdigit()):
         note = f"{duration(steps)} of it in the steps" if steps else ""
         yield "wall time", _value(seconds, duration(seconds)), note
     if peak := report.peak_rss_bytes:

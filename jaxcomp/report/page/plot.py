@@ -115,7 +115,9 @@ def tips(axes: Axes, texts: Mapping[float, str]) -> Html:
 def tip_text(word: str, x: float, values: Mapping[str, float | None]) -> str:
     """Where, and a line for each value there."""
     found = {name: v for name, v in values.items() if v is not None and math.isfinite(v)}
-    return "\n".join([f"{word} {x:g}", *(f"{name}  {v:.3g}" for name, v in found.items())])
+    return "\n".join(
+        [f"{word} {x:g}", *(f"{name}  {three_digits(v)}" for name, v in found.items())]
+    )
 
 
 def figure(
@@ -225,8 +227,15 @@ def span_text(points: Points, word: str) -> str:
     found = [x for x in sorted(points) if math.isfinite(points[x])]
     if not found:
         return "nowhere a number"
-    parts = [f"{points[x]:.3g} at {word} {x:g}" for x in dict.fromkeys((found[0], found[-1]))]
+    parts = [
+        f"{three_digits(points[x])} at {word} {x:g}" for x in dict.fromkeys((found[0], found[-1]))
+    ]
     return "from " + " to ".join(parts) if len(parts) > 1 else parts[0]
+
+
+def three_digits(value: float) -> str:
+    """A number for a tip: "0.0123", "1.65e-6"."""
+    return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e+")
 
 
 def _word(kind: str, place: str, text: str) -> Html:

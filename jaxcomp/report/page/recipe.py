@@ -32,6 +32,7 @@ def recipe_section(report: Report, dtype: str | None) -> list[Html]:
             "details",
             el("summary", "recipe.json"),
             copyable(json.dumps(recipe, indent=2), "recipe"),
+            id="json",
         ),
     ]
 

@@ -30,7 +30,7 @@ dark.addEventListener("change", nameSwitch);
 nameSwitch();
 
 // The table of linears: a click on a heading sorts, a second one turns the order around.
-const table = $("linears");
+const table = $("linear-table");
 if (table) {
   const body = table.tBodies[0];
   const heads = all("th", table.tHead);
@@ -151,5 +151,3 @@ const watch = new IntersectionObserver(
   { rootMargin: "-15% 0px -80% 0px" },
 );
 all("main > section").forEach((section) => watch.observe(section));
-
-addEventListener("beforeprint", () => all("details").forEach((details) => (details.open = true)));

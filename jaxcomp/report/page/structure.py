@@ -14,6 +14,6 @@ def structure_list(model: Decoder) -> Html:
 
 
 def _entry(tree: Tree) -> Html:
-    label = Text.from_markup(str(tree.label)).plain
+    name, _, rest = Text.from_markup(str(tree.label)).plain.partition("  ")
     inner = el("ul", [_entry(child) for child in tree.children]) if tree.children else None
-    return el("li", label, inner)
+    return el("li", el("b", name) if rest else name, f" {rest}" if rest else None, inner)

@@ -9,7 +9,7 @@ from jaxcomp.report.page.markup import Html, el
 from jaxcomp.report.record import Report, linear_error
 from jaxcomp.report.table import change, duration, four_digits
 
-IN_CHARTS = ("loss_curve", "clip_low", "clip_high")  # metrics of a block that are drawn
+IN_CHARTS = ("loss_curve", "clip_low", "clip_high", "kl", "bits")  # metrics that are drawn
 
 
 def text_of(value: Any) -> str:
@@ -71,7 +71,7 @@ def linear_table(report: Report) -> Html:
             for name, kind, sort in zip(names, kinds, sorts, strict=True)
         ),
     )
-    return _table("Every linear", head, body, id="linears")
+    return _table("Every linear", head, body, id="linear-table")
 
 
 def _linear_row(row: Row, span: tuple[float, float]) -> Html:
