@@ -28,7 +28,7 @@ import rich.console
 import jaxcomp
 from jaxcomp import artefact, job
 from jaxcomp.core.files import new_directory
-from jaxcomp.hub import compressed_tensors, dense, gguf_write
+from jaxcomp.hub import ascend, compressed_tensors, dense, gguf_write
 from jaxcomp.hub.card import Origin, find_origin, model_card
 from jaxcomp.hub.directory import COMPANIONS
 from jaxcomp.hub.locate import locate
@@ -43,6 +43,7 @@ FORMATS: dict[str, ModuleType] = {
     "hf": dense,
     "compressed-tensors": compressed_tensors,
     "gguf": gguf_write,
+    "ascend": ascend,
 }
 
 

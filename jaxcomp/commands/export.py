@@ -35,8 +35,8 @@ def run(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="hf, compressed-tensors: float32, bfloat16 or float16 for all that is stored in "
-            "floats. Default: what it has; scales float32."
+            help="hf, compressed-tensors, ascend: float32, bfloat16 or float16 for all that is "
+            "stored in floats. Default: what it has; scales float32."
         ),
     ] = None,
     dense: Annotated[
@@ -46,9 +46,18 @@ def run(
             help="gguf: F32, F16, BF16 or Q8_0 for what is not quantized. Default: what it has.",
         ),
     ] = None,
+    clip_ratio: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOW",
+            help="ascend: 'mean' writes one clip factor where two were fitted. Default: refuse.",
+        ),
+    ] = None,
     shard_size: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Largest weight file, such as 500MB. Default: 5GB."),
+        typer.Option(
+            metavar="SIZE", help="Largest weight file, such as 500MB. Default: 5GB; ascend 4GB."
+        ),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an older export once this one is whole.")
@@ -58,7 +67,7 @@ def run(
 ) -> None:
     """Write a model in a format that other programs load."""
     with plain_errors(traceback):
-        options = {"dtype": dtype, "dense": dense, "shard_size": None}
+        options = {"dtype": dtype, "dense": dense, "clip_ratio": clip_ratio, "shard_size": None}
         if shard_size is not None:
             options["shard_size"] = parse_size(shard_size)
 

@@ -45,7 +45,9 @@ def source(tmp_path, family="llama", change=lambda model: model, **overrides):
     """A tiny checkpoint, opened, with its model changed."""
     path = tiny.checkpoint(family, KEY, tmp_path / "hf", **FIELDS | overrides)
     checkpoint = open_checkpoint(path)
-    return ExportSource(change(checkpoint.model), checkpoint.hf_config, path, checkpoint.files)
+    tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    model = change(checkpoint.model)
+    return ExportSource(model, checkpoint.hf_config, tmp_path / "tokenizer", {})
 
 
 def rounded(spec, blocks=(0, 1)):
