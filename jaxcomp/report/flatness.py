@@ -1,5 +1,6 @@
 """The picture of flatness: the channels of each site before and after, activations and weights."""
 
+import math
 import os
 import statistics
 from typing import Any
@@ -63,6 +64,7 @@ def plot_flatness(report: Report, path: str | os.PathLike) -> None:
 def limits(entries: list[dict[str, Any]], kind: str) -> tuple[float, float]:
     """Where the logarithmic axis of a kind begins and ends, for all its panels."""
     values = [number(v) for e in entries for w in ("before", "after") for v in curve(e, kind, w)]
+    values = [v for v in values if math.isfinite(v)] or [1.0]
     low, high = min(values), max(values)
     return max(FLOOR, 0.8 * min(low, 0.8)), 1.2 * max(high, 1.5)
 

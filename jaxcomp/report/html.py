@@ -118,25 +118,12 @@ def write_html(path: str | os.PathLike, page: str) -> None:
 def _sections(
     report: Report, model: Decoder | None, artefact: Mapping[str, Any] | None
 ) -> Iterable[Section]:
-    comparison, rows = report.comparison, error_rows(report)
+    comparison = report.comparison
     evals = report.evals_before or report.evals_after
     yield Section("evaluations", "Evaluations", [tables.eval_table(report)] if evals else [])
     yield Section("size", "Size", _sizes(report))
     yield Section("depth", "Depth", *_depth(comparison))
-    linears = any(row.linear is not None for row in report.rows)
-    yield Section(
-        "linears",
-        "Linears",
-        [
-            charts.linear_charts(rows) if rows else None,
-            tables.filter_box() if linears else None,
-            tables.linear_table(report) if linears else None,
-            *tables.block_tables(report),
-        ]
-        if report.rows
-        else [],
-        _linears_reading(rows),
-    )
+    yield _linears(report)
     flatness = comparison.get("flatness")
     yield Section(
         "flatness",
@@ -203,19 +190,26 @@ def _depth(comparison: Mapping[str, Any]) -> tuple[list[Html], Any]:
         curves, _, output = depth_text(comparison).partition("\n")
         reading = (
             f"{curves}. All blocks so far: each model on its own hidden states. This block alone: "
-            f"the compressed block on those of the original. {output[:1].upper()}{output[1:]}."
+            "the compressed block on those of the original."
         )
+        reading += f" {output[0].upper()}{output[1:]}." if output else ""
         return [charts.depth_chart(comparison)], reading
     if "skipped" in found:
         return [el("p", f"No errors along depth: {found['skipped']}.")], None
     return [], None
 
 
-def _linears_reading(rows: list[Any]) -> str | None:
-    if not rows:
-        return None
-    unit = error_unit(rows)
-    return f"Relative squared error of each linear's {unit}, 0 is equal and 1 no better than zeros."
+def _linears(report: Report) -> Section:
+    """Errors of every linear, and what steps say of whole blocks."""
+    rows, blocks = error_rows(report), tables.block_tables(report)
+    if not any(row.linear is not None for row in report.rows):
+        return Section("linears", "Blocks", blocks)
+    table = [tables.filter_box(), tables.linear_table(report), *blocks]
+    if not rows:  # all were left alone
+        return Section("linears", "Linears", table)
+    what = f"Relative squared error of each linear's {error_unit(rows)}"
+    reading = f"{what}, 0 is equal and 1 no better than zeros."
+    return Section("linears", "Linears", [charts.linear_charts(rows), *table], reading)
 
 
 def _run(report: Report, artefact: Mapping[str, Any] | None) -> list[Html]:

@@ -22,6 +22,7 @@ from jaxcomp.report.page.plot import (
     legend,
     line,
     line_chart,
+    line_colour,
     rule,
     span_text,
     stems,
@@ -33,7 +34,6 @@ from jaxcomp.report.record import linear_error
 from jaxcomp.report.style import number
 
 RECORDS = 120  # points of a loss curve; longer ones are thinned
-CLIPPED = tuple(f"c{i}" for i in range(8))  # classes of colours without a meaning of their own
 
 
 def depth_chart(comparison: Mapping[str, Any]) -> Html:
@@ -120,7 +120,7 @@ def _flatness_panel(axes: Axes, entries: list[dict[str, Any]], kind: str, shade:
     for when, ramp in (("before", "warm"), ("after", "cool")):
         for entry in entries:
             values = flatness.curve(entry, kind, when)
-            points = {i / (len(values) - 1): value for i, value in enumerate(values)}
+            points = {i / max(len(values) - 1, 1): value for i, value in enumerate(values)}
             f = number(entry[kind][when]["flatness"])
             told = f"block {entry['block']} {when}: flatness {f:.3g}"
             place = f"--t:{shade[entry['block']]:.0f}%"
@@ -169,9 +169,8 @@ def _losses(rows: list[Row]) -> Html:
         "Loss during the fit",
         axes,
         lines,
-        note=f"every {every}th record" if every > 1 else "",
+        note=f"one record in {every}" if every > 1 else "",
         described=f"{len(curves)} blocks",
-        ends=(),
         x_name=f"record of the loss; darker from block {first} to block {last}",
         height=240,
     )
@@ -214,7 +213,7 @@ def _clips(what: str, curves: fit.Curves) -> Html:
     axes = Axes(count_scale({block for points in bands.values() for block in points}), y)
     areas, lines, ends, means = [], [], [], {}
     for i, (name, points) in enumerate(bands.items()):
-        colour = CLIPPED[i % len(CLIPPED)]
+        colour = line_colour(i)
         low, mean, high = ({b: triple[k] for b, triple in points.items()} for k in range(3))
         areas.append(band(axes, low, high, colour))
         lines.append(line(axes, mean, colour))

@@ -23,6 +23,7 @@ from jaxcomp.report.page.scale import Scale, count_scale, log_scale
 from jaxcomp.report.style import spread_apart
 
 UNITS = 1000
+COLOURS = 8  # of lines without a meaning of their own, classes c0 to c7
 LABEL = 17  # pixels between two names at the right edge
 
 Points = Mapping[float, float]  # x → y; a y that is not finite is a gap
@@ -210,6 +211,11 @@ def line_chart(
         described="; ".join(f"{s.name} {span_text(s.points, x_word)}" for s in series),
         **{"x_name": x_word, **more},
     )
+
+
+def line_colour(i: int) -> str:
+    """The class of the colour of the i-th line."""
+    return f"c{i % COLOURS}"
 
 
 def legend(entries: Iterable[tuple[str, str]]) -> Html:

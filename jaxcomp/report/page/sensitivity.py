@@ -21,6 +21,7 @@ from jaxcomp.report.page.plot import (
     bars,
     figure,
     line_chart,
+    line_colour,
     three_digits,
     tip_text,
     tips,
@@ -30,7 +31,6 @@ from jaxcomp.report.record import Report
 from jaxcomp.report.style import number
 
 NAMED = 3  # that the text points out
-COLOURS = 8  # that lines may have
 
 Prices = dict[int, dict[str, dict[int, float]]]  # bits → what → block → KL
 
@@ -94,7 +94,7 @@ def _measured(step: str, rows: list[Row]) -> list[Any]:
         line_chart(
             f"Each part at {width} bits",
             [
-                Series(what, f"c{i % COLOURS}", kl, 1.3)
+                Series(what, line_colour(i), kl, 1.3)
                 for i, (what, kl) in enumerate(found[width].items())
             ],
             y=y,
