@@ -223,8 +223,8 @@ def compress(
             total = len(model.blocks)
             each = lambda pairs: progress.each(pairs, "comparison", total)  # noqa: E731
             with _timed(seconds, "comparison"):
-                found = comparison.compare(original, model, window, each)
-                side_by_side = dataclasses.asdict(found)
+                both = comparison.compare(original, model, window, each)
+                side_by_side = dataclasses.asdict(both)
     report = Report(
         source=loaded.source,
         recipe=identity["recipe"],
