@@ -12,12 +12,11 @@ import numpy as np
 
 from jaxcomp.core.tensorfile import TensorSpec
 from jaxcomp.hub.gguf import PLAIN, GGUFFile
-from jaxcomp.hub.names import to_hf
+from jaxcomp.hub.gguf_dialects import DIALECTS, ROPE_FACTORS, hf_name
 from jaxcomp.models.families import FAMILIES
 from jaxcomp.models.families.fields import Fields
 from jaxcomp.models.families.rope_fields import DEFAULT_THETA
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")  # in GGUF, Mistral is "llama" too
 HARMLESS = frozenset({"rope.scaling.finetuned"})
 LLAMA3_CONTEXT = 8192  # of the released Llama 3.1 config; only ratios to it matter
 FREQ_TOLERANCE = 1e-5  # relative error of a recovered divisor; they are float32
@@ -28,7 +27,8 @@ class GGUFTensors:
 
     llama.cpp rotates neighbouring channels where Hugging Face rotates channel i with i + dim/2, so
     converters of architecture "llama" reorder the rows of q and k within each head: `[2, dim/2]`
-    becomes `[dim/2, 2]`. Here it is undone. Names without a translation are left as they are.
+    becomes `[dim/2, 2]`. Here it is undone, and so is what is added to the norms of Gemma. Names
+    without a translation are left as they are.
 
     Attributes:
       specs: Hugging Face name → shape and dtype as `rows` gives them.
@@ -38,10 +38,13 @@ class GGUFTensors:
     def __init__(self, file: GGUFFile, head_dim: int):
         self.where, self.files = str(file.path), (file.path,)
         self._file = file
-        self._names = {to_hf(name) or name: name for name in file.tensors}
-        self._names.pop("rope_freqs.weight", None)  # said by the config
-        self._head_dim = head_dim
-        self._interleaved = file.metadata.get("general.architecture") == "llama"
+        architecture = file.metadata["general.architecture"]
+        dialect = DIALECTS[architecture]
+        self._names = {hf_name(name, dialect) or name: name for name in file.tensors}
+        for name in dialect.said:
+            self._names.pop(name, None)
+        self._head_dim, self._norm_shift = head_dim, dialect.norm_shift
+        self._interleaved = architecture == "llama"
         self.specs = {
             name: TensorSpec(t.shape, PLAIN.get(t.type, PLAIN["F32"]))
             for name, t in ((name, file.tensors[stored]) for name, stored in self._names.items())
@@ -50,6 +53,9 @@ class GGUFTensors:
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows `start` to `stop` of the tensor `name`."""
         stored = self._names[name]
+        if self._norm_shift and name.endswith("norm.weight"):
+            rows = self._file.rows(stored, start, stop)
+            return (rows.astype(np.float32) - self._norm_shift).astype(rows.dtype)
         if not self._interleaved or (".attn_q." not in stored and ".attn_k." not in stored):
             return self._file.rows(stored, start, stop)
         dim = self._head_dim
@@ -72,11 +78,12 @@ def hf_config(file: GGUFFile, allow: Collection[str] = ()) -> dict[str, Any]:
         disagrees with the tensors.
     """
     architecture = file.metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
+    if architecture not in DIALECTS:
         raise ValueError(
             f"{file.path}: general.architecture={architecture!r} is not supported; "
-            f"there is {', '.join(ARCHITECTURES)}"
+            f"there is {', '.join(DIALECTS)}"
         )
+    dialect = DIALECTS[architecture]
     if file.metadata.get("split.count", 1) != 1:
         raise ValueError(
             f"{file.path}: the file is one of {file.metadata['split.count']} parts; merge them "
@@ -98,6 +105,8 @@ def hf_config(file: GGUFFile, allow: Collection[str] = ()) -> dict[str, Any]:
     d_model, n_heads = fields.integer("embedding_length"), fields.integer("attention.head_count")
     head_dim = fields.integer("attention.key_length", d_model // n_heads)
     for name in ("attention.value_length", "rope.dimension_count"):
+        if dialect.partial and name == "rope.dimension_count":
+            continue
         if fields.integer(name, head_dim) != head_dim:
             raise ValueError(
                 f"{fields.where}: {name}={values[name]} differs from a head's {head_dim} channels, "
@@ -105,8 +114,8 @@ def hf_config(file: GGUFFile, allow: Collection[str] = ()) -> dict[str, Any]:
             )
     context = fields.integer("context_length")
     config = {
-        "architectures": [FAMILIES[architecture].ARCHITECTURE],
-        "model_type": architecture,
+        "architectures": [FAMILIES[dialect.family].ARCHITECTURE],
+        "model_type": dialect.family,
         "hidden_size": d_model,
         "intermediate_size": fields.integer("feed_forward_length"),
         "num_hidden_layers": fields.integer("block_count"),
@@ -124,8 +133,9 @@ def hf_config(file: GGUFFile, allow: Collection[str] = ()) -> dict[str, Any]:
         config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
     if architecture == "llama":
         config["mlp_bias"] = "blk.0.ffn_gate.bias" in file.tensors
+    config |= dialect.config(file, fields, config) | _token_ids(file)
     fields.finish(HARMLESS, allow)
-    return config | _token_ids(file)
+    return config
 
 
 def _vocab_size(file: GGUFFile, fields: Fields) -> int:
@@ -154,6 +164,8 @@ def _rope(file: GGUFFile, fields: Fields, head_dim: int, context: int) -> dict[s
     factor = fields.number("rope.scaling.factor", None)
     original = fields.integer("rope.scaling.original_context_length", None)
     has_freqs = "rope_freqs.weight" in file.tensors
+    if kind == "longrope" and file.tensors.keys() & set(ROPE_FACTORS.values()):
+        kind = "none"  # the architecture that has these tensors reads them
     if kind not in ("none", "linear", "yarn") or (has_freqs and kind != "none"):
         raise ValueError(
             f"{fields.where}: rope.scaling.type={kind!r}{' with rope_freqs' * has_freqs} is not "

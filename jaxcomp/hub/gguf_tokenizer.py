@@ -137,6 +137,7 @@ RULES: dict[str, Callable[["Tokenizer"], None]] = {
     "smollm": _byte_level(digits=True),  # before the byte level: each digit on its own
     "gpt-2": _byte_level(digits=False),
     "llama-bpe": _words(LLAMA3_WORDS),
+    "dbrx": _words(LLAMA3_WORDS),  # OLMo 2, Phi 4
     "qwen2": _words(QWEN2_WORDS, nfc=True),
     "default": _words(r"[\p{P}\$\+<=>\^~\|]+", GPT2_WORDS, r"\p{N}+", "[0-9][0-9][0-9]"),
 }

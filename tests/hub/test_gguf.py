@@ -12,12 +12,14 @@ from jaxcomp.core.tree import named_leaves
 from jaxcomp.hub import open_checkpoint
 from jaxcomp.hub.gguf import PLAIN, GGUFFile
 from jaxcomp.hub.names import BLOCK, MODEL, to_gguf, to_hf
-from jaxcomp.models.decoder import load_block
+from jaxcomp.models.decoder import forward, load_block
+from jaxcomp.models.rope import Rope, turned_channels
 
 gguf = pytest.importorskip("gguf")
 
 KEY = jax.random.key(0)
-FAMILIES = ("llama", "qwen2", "qwen3")
+FAMILIES = ("llama", "qwen2", "qwen3", "olmo2")
+ARCHITECTURES = {"gemma3_text": "gemma3"}  # where it is not the family's name
 FIELDS = dict(intermediate_size=64)  # rows of whole 32-blocks
 LLAMA3 = dict(
     rope_type="llama3",
@@ -32,7 +34,8 @@ LLAMA3 = dict(
 def write(path, family="llama", kind="F32", extra=lambda writer: None, **overrides):
     """A file as llama.cpp's converter writes it: q and k of llama interleaved, norms in F32."""
     config = tiny.hf_config(family, **FIELDS, **overrides)
-    writer = gguf.GGUFWriter(path, family)
+    architecture = ARCHITECTURES.get(family, family)
+    writer = gguf.GGUFWriter(path, architecture)
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     writer.add_context_length(config["max_position_embeddings"])
@@ -45,16 +48,34 @@ def write(path, family="llama", kind="F32", extra=lambda writer: None, **overrid
     writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(config.get("rope_theta") or 10_000.0)
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_bos_token_id(0)
     writer.add_eos_token_id(2)
+    if window := config.get("sliding_window"):
+        writer.add_sliding_window(window)
+    if (scaling := config.get("rope_scaling") or {}).get("type") == "longrope":
+        original = config["original_max_position_embeddings"]
+        factor = math.log(config["max_position_embeddings"] / original) / math.log(original)
+        writer.add_rope_scaling_orig_ctx_len(original)
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + factor))
+        for side in ("long", "short"):
+            divisors = np.asarray(scaling[f"{side}_factor"], np.float32)
+            writer.add_tensor(f"rope_factors_{side}.weight", divisors)
+    if share := config.get("partial_rotary_factor"):
+        writer.add_rope_dimension_count(int(share * head_dim))
     extra(writer)
+    arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
     for name, array in tiny.hf_tensors(family, KEY, **FIELDS, **overrides).items():
+        if architecture == "gemma3" and name.endswith("norm.weight"):
+            array = array + np.float32(1)
         if family == "llama" and ("q_proj" in name or "k_proj" in name):
             n = heads if "q_proj" in name else kv_heads
             halves = array.reshape(n, 2, head_dim // 2, *array.shape[1:])
             array = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(array.shape)
         stored = gguf.GGMLQuantizationType[kind if array.ndim == 2 else "F32"]
         data = gguf.quants.quantize(array, stored)
-        writer.add_tensor(to_gguf(name), data, raw_dtype=stored)
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), data, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -78,6 +99,112 @@ def test_a_file_gives_the_model_and_config_of_its_directory(family, tmp_path):
     structs = [[block.struct() for block in c.model.blocks] for c in (here, there)]
     assert structs[0] == structs[1]
     assert here.model.config.eos_token_ids == (2,)
+
+
+def test_norms_of_gemma3_are_put_back_and_what_llama_cpp_knows_is_said(tmp_path):
+    fields = dict(query_pre_attn_scalar=16, sliding_window_pattern=None, num_hidden_layers=6)
+    here = open_checkpoint(write(tmp_path / "m.gguf", "gemma3_text", **fields)).model
+    there = tiny.model("gemma3_text", KEY, **FIELDS, **fields)
+    a, b = loaded(here), loaded(there)
+    assert a.keys() == b.keys()
+    for path in a:
+        np.testing.assert_allclose(a[path], b[path], atol=2e-7, rtol=0, err_msg=path)
+    for block, wanted in zip(here.blocks, there.blocks, strict=True):
+        assert block.struct() == jax.eval_shape(lambda b: b, wanted)
+    assert [b.struct().attn.window for b in here.blocks] == [8] * 5 + [None]
+    assert here.config == there.config and here.embed.scale == there.embed.scale
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "told"),
+    [  # transformers does not read LongRoPE, windows or a share of a head from phi3, nor the scale
+        ("phi3", dict(rope_scaling=None, partial_rotary_factor=None), dict(pad_token_id=0)),
+        (
+            "gemma3_text",
+            dict(sliding_window_pattern=None, num_hidden_layers=6),
+            dict(query_pre_attn_scalar=16, pad_token_id=0),
+        ),
+    ],
+)
+def test_logits_of_a_file_are_those_of_transformers(family, fields, told, tmp_path):
+    torch, transformers = map(pytest.importorskip, ("torch", "transformers"))
+    write(tmp_path / "m.gguf", family, **fields)
+    tokens = tiny.tokens(KEY)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="m.gguf", dtype=torch.float32, **told
+    )
+    with torch.no_grad():
+        theirs = theirs.eval()(torch.tensor(np.asarray(tokens, np.int64))).logits.numpy()
+    ours = forward(open_checkpoint(tmp_path / "m.gguf").model, tokens)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.ptp(theirs), rtol=0)
+
+
+def test_gemma3_of_62_blocks_has_another_scale_and_one_without_windows_none(tmp_path):
+    fields = dict(num_hidden_layers=62, head_dim=4)
+    (tmp_path / "large").mkdir()
+    large = open_checkpoint(write(tmp_path / "large" / "m.gguf", "gemma3_text", **fields)).model
+    assert large.blocks[0].struct().attn.scale == (32 / 4) ** -0.5
+    bare = open_checkpoint(
+        write(tmp_path / "m.gguf", "gemma3_text", sliding_window=None, num_hidden_layers=1)
+    ).model
+    assert bare.blocks[0].struct().attn.window is None
+    assert bare.blocks[0].struct().attn.rope == Rope(1e6)
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_fused_tensors_and_longrope_of_phi3(kind, tmp_path):
+    here = open_checkpoint(write(tmp_path / "m.gguf", "phi3", kind, sliding_window=9)).model
+    there = tiny.model("phi3", KEY, **FIELDS, sliding_window=9)
+    a, b = loaded(here), loaded(there)
+    assert a.keys() == b.keys()
+    for path in a:
+        step = np.abs(b[path]).max() / 127 if kind == "Q8_0" and b[path].ndim == 2 else 0
+        np.testing.assert_allclose(a[path], b[path], atol=step, rtol=0, err_msg=path)
+    for block, wanted in zip(here.blocks, there.blocks, strict=True):
+        attn, rope = block.struct().attn, wanted.attn.rope
+        assert (attn.window, attn.rope.kind, attn.rope.original_context) == (9, "longrope", 12)
+        assert (attn.rope.partial, attn.rope.theta) == (0.75, 1e4)
+        for name in ("short_factors", "long_factors", "attention_factor"):
+            np.testing.assert_allclose(getattr(attn.rope, name), getattr(rope, name), rtol=1e-7)
+    fields = dict(rope_scaling=None, partial_rotary_factor=None)
+    plain = open_checkpoint(write(tmp_path / "plain.gguf", "phi3", **fields)).model
+    assert plain.blocks[0].struct().attn.rope == Rope(1e4)
+
+
+def test_a_share_of_a_head_is_the_one_that_gives_the_channels_of_the_file(tmp_path):
+    assert int(100 * (58 / 100)) == 57  # rounding, which the reader makes up for
+    fields = dict(rope_scaling=None, partial_rotary_factor=0.585, head_dim=100)
+    path = write(tmp_path / "m.gguf", "phi3", **fields)
+    assert turned_channels(open_checkpoint(path).model.blocks[0].struct().attn.rope, 100) == 58
+
+
+@pytest.mark.parametrize(
+    ("family", "extra", "message"),
+    [
+        ("phi3", lambda w: None, "'rope_factors_short.weight' is missing; convert it again"),
+        (
+            "olmo2",
+            lambda w: w.add_tensor("rope_factors_long.weight", np.ones(4, np.float32)),
+            "1 unknown: rope_factors_long",
+        ),
+        ("olmo2", lambda w: w.add_sliding_window(8), "attention.sliding_window='8'"),
+        (
+            "olmo2",  # whose norms are behind the units
+            lambda w: w.add_tensor("blk.0.ffn_norm.weight", np.ones(32, np.float32)),
+            "1 unknown: blk.0.ffn_norm.weight",
+        ),
+        ("gemma3_text", lambda w: w.add_final_logit_softcapping(30.0), "softcapping='30.0'"),
+    ],
+)
+def test_what_these_architectures_cannot_have_is_refused(family, extra, message, tmp_path):
+    fields = {}
+    if family == "phi3":
+        fields = dict(rope_scaling=None)
+        extra = lambda w: w.add_tensor("rope_factors_long.weight", np.ones(3, np.float32))  # noqa: E731
+        message = "attn_factor is missing|" + message
+    path = write(tmp_path / "m.gguf", family, extra=extra, **fields)
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(path)
 
 
 def test_biases_of_interleaved_heads_are_put_back(tmp_path):
@@ -191,11 +318,11 @@ def test_what_the_model_does_not_have_is_refused(extra, message, tmp_path):
 
 def test_an_architecture_without_a_family_is_refused(tmp_path):
     path = tmp_path / "m.gguf"
-    writer = gguf.GGUFWriter(path, "gemma3")
+    writer = gguf.GGUFWriter(path, "gemma2")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(ValueError, match=r"'gemma3' is not supported; there is llama, qwen2"):
+    with pytest.raises(ValueError, match=r"'gemma2' is not supported; there is llama, qwen2"):
         open_checkpoint(path)
 
 
