@@ -233,8 +233,11 @@ def compress(
         evals_after=after,
         sizes=sizes(model),
         calibration=identity["calibration"],
-        environment=environment() | ({"data_parallel": mesh.size} if mesh else {}),
+        environment=environment()
+        | {"compute_dtype": compute_dtype}
+        | ({"data_parallel": mesh.size} if mesh else {}),
         started=started,
+        source_sha256=identity["model"],
         seconds=seconds,
         peak_rss_bytes=peak_rss(),
         baseline_rss_bytes=baseline,

@@ -37,15 +37,8 @@ def plot_depth(report: Report, path: str | os.PathLike) -> None:
     if not has_depth(depth):
         why = depth.get("skipped", "it holds no comparison")
         raise ValueError(f"this report has no errors along depth: {why}")
-    colours = zip(CURVES.items(), (BEFORE, LOCAL, AFTER), strict=True)
     with picture(path, 7.2, 4.2) as figure:
-        axis = figure.subplots()
-        ends = [
-            (_draw(axis, depth[key], colour, 2.0 if key == "median" else 1.3), name, colour)
-            for (key, name), colour in colours
-        ]
-        _finish(axis, len(depth["median"]) - 1)
-        label_ends(axis, ends)
+        draw_depth(figure.subplots(), depth)
         text = depth_text(report.comparison)
         headline(figure, f"{short_name(report.source)}: error along depth", text)
 
@@ -75,6 +68,17 @@ def plot_depths(curves: Mapping[str, Mapping[str, Any]], path: str | os.PathLike
             "error along depth",
             "‖h′ − h‖² / ‖h‖² of the hidden state behind each block, median of the tokens",
         )
+
+
+def draw_depth(axis: Any, depth: Mapping[str, Any]) -> None:
+    """Draws the curves of `comparison["depth"]` on an axis of matplotlib, named at their ends."""
+    colours = zip(CURVES.items(), (BEFORE, LOCAL, AFTER), strict=True)
+    ends = [
+        (_draw(axis, depth[key], colour, 2.0 if key == "median" else 1.3), name, colour)
+        for (key, name), colour in colours
+    ]
+    _finish(axis, len(depth["median"]) - 1)
+    label_ends(axis, ends)
 
 
 def has_depth(depth: Mapping[str, Any]) -> bool:

@@ -141,8 +141,7 @@ def _sections(
         f"What gradient descent did in {fits[0].step}, block by block." if fits else None,
     )
     yield Section("sensitivity", "Sensitivity", sensitivity_section(report))
-    dtype = model.config.compute_dtype if model is not None else None
-    yield Section("recipe", "Recipe", recipe_section(report, dtype) if report.recipe else [])
+    yield Section("recipe", "Recipe", recipe_section(report) if report.recipe else [])
     yield Section("run", "Run", _run(report, artefact))
     yield Section(
         "structure",
@@ -224,6 +223,7 @@ def _run(report: Report, artefact: Mapping[str, Any] | None) -> list[Html]:
         if size
     ]
     origin = [("source", report.source)]
+    origin += [("source_sha256", report.source_sha256)] if report.source_sha256 else []
     recipe_hash = hashlib.sha256(canonical(report.recipe)).hexdigest()
     lists = [
         ("Time and memory", [*times, *memory]),

@@ -25,7 +25,8 @@ class Report:
       evals_before, evals_after: name of the evaluation → name of the number → number.
       sizes: `sizes` of the compressed model.
       calibration: facts about the calibration text, such as its hash.
-      environment: `environment()` of the run.
+      source_sha256: digest of the source's weights and config; "" in reports of older versions.
+      environment: `environment()` of the run, with the dtype that it computed in.
       started: ISO 8601 time with zone.
       seconds: wall time, per step and for what else took time.
       peak_rss_bytes: largest resident memory of the process.
@@ -43,6 +44,7 @@ class Report:
     calibration: dict[str, Any] = dataclasses.field(default_factory=dict)
     environment: dict[str, Any] = dataclasses.field(default_factory=dict)
     started: str = ""
+    source_sha256: str = ""
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     peak_rss_bytes: int = 0
     baseline_rss_bytes: int = 0

@@ -10,7 +10,7 @@ from jaxcomp.report.page.tables import facts, text_of
 from jaxcomp.report.record import Report
 
 
-def recipe_section(report: Report, dtype: str | None) -> list[Html]:
+def recipe_section(report: Report) -> list[Html]:
     """Steps, calibration and evaluations; the command; the JSON to copy."""
     recipe = report.recipe
     parts = [*enumerate(recipe.get("steps") or (), 1)]
@@ -27,7 +27,7 @@ def recipe_section(report: Report, dtype: str | None) -> list[Html]:
             el("code", "recipe.json"),
             ", which an artefact holds beside this page:",
         ),
-        copyable(command(report, dtype), "command"),
+        copyable(command(report), "command"),
         el(
             "details",
             el("summary", "recipe.json"),
@@ -37,10 +37,11 @@ def recipe_section(report: Report, dtype: str | None) -> list[Html]:
     ]
 
 
-def command(report: Report, dtype: str | None) -> str:
+def command(report: Report) -> str:
     """The command that makes the same model from the recipe's JSON."""
     words = ["jaxcomp", "compress", report.source, "recipe.json", "--out", "again"]
-    words += ["--dtype", dtype] if dtype not in (None, "float32") else []
+    dtype = report.environment.get("compute_dtype", "float32")
+    words += ["--dtype", dtype] if dtype != "float32" else []
     words += ["--data-parallel"] if "data_parallel" in report.environment else []
     return shlex.join(words)
 
