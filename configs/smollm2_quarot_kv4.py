@@ -1,7 +1,7 @@
 """Rotated keys, values as they are, KV4 alone, of SmolLM2-135M (QuaRot-KV).
 
 Run: jaxcomp compress demo:smollm2 configs/smollm2_quarot_kv4.py --out OUT
-Expect: not measured yet.
+Expect: perplexity 21.27; 22.34 without rotation, dense 20.12 (2026-11-25, 2 CPU cores, jax 0.10.2).
 """
 
 from jaxcomp import RTN, Perplexity, QuantSpec, QuaRot, Recipe

@@ -1,7 +1,6 @@
 """The page of a report, read with a parser: whole, safe, true to the numbers, always the same."""
 
 import base64
-import dataclasses
 import hashlib
 import html.parser
 import itertools
