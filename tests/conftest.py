@@ -25,9 +25,12 @@ NUMERIC = (
     "jaxcomp.models.ffn",
     "jaxcomp.models.fold",
     "jaxcomp.models.generate",
+    "jaxcomp.models.head",
     "jaxcomp.models.layers",
+    "jaxcomp.models.likelihood",
     "jaxcomp.models.rope",
     "jaxcomp.models.stream",
+    "jaxcomp.models.text",
 )
 
 jaxtyping.Array = jax.Array | np.ndarray

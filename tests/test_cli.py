@@ -48,7 +48,9 @@ def test_help_is_quick_because_nothing_heavy_is_imported():
     assert done.stdout.strip() == "set()"
 
 
-@pytest.mark.parametrize("command", ["compress", "eval", "inspect", "generate", "study", "compare"])
+@pytest.mark.parametrize(
+    "command", ["compress", "eval", "lm-eval", "inspect", "generate", "study", "compare"]
+)
 def test_the_help_of_every_command_shows_how_it_is_used(command):
     result = run(command, "--help")
     assert result.exit_code == 0 and f"jaxcomp {command} " in result.output

@@ -55,7 +55,15 @@ ON_TOP = (
 )
 REGISTRIES = ("jaxcomp.methods", "jaxcomp.evals")  # their __init__ alone imports all their files
 
-LOADED_LATE = ("transformers", "datasets", "gguf", "huggingface_hub", "matplotlib", "orbax")
+LOADED_LATE = (
+    "transformers",
+    "datasets",
+    "gguf",
+    "huggingface_hub",
+    "lm_eval",
+    "matplotlib",
+    "orbax",
+)
 KERNELS_NEED = {"jax", "jaxtyping", "numpy"}
 
 

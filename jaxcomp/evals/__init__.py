@@ -1,5 +1,9 @@
-"""Evaluations: frozen settings, called on a model and a tokenizer's encode; each gives numbers."""
+"""Evaluations: frozen settings, called on a model and a tokenizer's encode; each gives numbers.
 
+`Agreement` alone takes two models, and is therefore none of the evaluations of a recipe.
+"""
+
+from jaxcomp.evals.agreement import Agreement
 from jaxcomp.evals.choice import Choice
 from jaxcomp.evals.cost import Cost
 from jaxcomp.evals.gold import Gold
@@ -12,4 +16,4 @@ EVALS = {
     "Cost": Cost,  # bytes, bits a weight, tokens a second, peak memory
 }
 
-__all__ = ["EVALS", "Choice", "Cost", "Gold", "Perplexity"]
+__all__ = ["EVALS", "Agreement", "Choice", "Cost", "Gold", "Perplexity"]

@@ -18,7 +18,7 @@ from jaxcomp.models.config import ModelConfig
 from jaxcomp.models.decoder import Decoder
 from jaxcomp.models.head import open_head, token_scores
 from jaxcomp.models.stream import Hidden, embed_batches, map_batches, run_blocks
-from jaxcomp.models.text import Encode, encode_pair
+from jaxcomp.models.text import Encode, Ids, encode_pair
 
 CHUNK_TOKENS = 2**17  # tokens whose hidden states are on the host at once
 HEAD_ROWS = 512  # hidden states that go through the head at once
@@ -63,7 +63,7 @@ class _Due(NamedTuple):
     target: Int[np.ndarray, " due"]
 
 
-def make_request(context: Sequence[int], targets: Sequence[int], limit: int) -> Request:
+def make_request(context: Ids, targets: Ids, limit: int) -> Request:
     """The request that scores `targets` after `context`, which is cut to `limit` inputs in all.
 
     Raises:

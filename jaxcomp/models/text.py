@@ -15,6 +15,7 @@ from jaxtyping import Int
 from jaxcomp.models.config import ModelConfig
 
 Encode = Callable[[str], np.ndarray]
+Ids = Sequence[int] | Int[np.ndarray, "..."]
 
 
 def encode_text(config: ModelConfig, encode: Encode, text: str) -> Int[np.ndarray, " n"]:
@@ -49,7 +50,7 @@ def split_pair(context: str, continuation: str) -> tuple[str, str]:
 
 def encode_pair(
     config: ModelConfig, encode: Encode, context: str, continuation: str
-) -> tuple[Sequence[int], Sequence[int]]:
+) -> tuple[Ids, Ids]:
     """Tokens of a context and of the continuation after it, both at least one.
 
     The two are encoded together; the continuation is what comes after as many tokens as the context
