@@ -2,6 +2,7 @@
 
     source ─locate─▶ directory or file ─▶ config dict + table of tensors
     config ─families─▶ template: a Decoder of Param leaves
+    quantization_config ─PACKED─▶ leaves for packed weights in the place of some
     template + tensors ─▶ every name and shape checked, then embedding, norm and head are loaded
 
 Nothing is skipped: a tensor the template lacks, or one the files lack, is refused by name.
@@ -10,40 +11,41 @@ Nothing is skipped: a tensor the template lacks, or one the files lack, is refus
 import dataclasses
 import functools
 import hashlib
-import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from types import ModuleType
+from typing import Any
 
 import jax
 import numpy as np
 
 from jaxcomp.core.files import sha256_file
-from jaxcomp.core.tensorfile import TensorSpec
+from jaxcomp.hub import awq_read, ct_read, gptq_read
 from jaxcomp.hub.directory import companions, open_tensors, read_json
 from jaxcomp.hub.gguf import GGUFFile
 from jaxcomp.hub.gguf_model import GGUFTensors
 from jaxcomp.hub.gguf_model import hf_config as gguf_config
+from jaxcomp.hub.leaves import TensorSource, leaf_struct, read_leaf, rows_a_time
 from jaxcomp.hub.locate import locate
+from jaxcomp.hub.packed import (
+    DENSE,
+    NOTHING,
+    Packed,
+    check_modules,
+    module_shapes,
+    packed_template,
+    wanted_tensors,
+)
 from jaxcomp.models.decoder import Block, Decoder
-from jaxcomp.models.families import Param, template_of
-from jaxcomp.models.families.template import stored_shape, stored_tensors
+from jaxcomp.models.families import template_of
 
-FLOATS = ("float32", "bfloat16", "float16")  # dtypes a weight may be stored in
-CHUNK = 2**20  # elements read at a time: a transposed tensor is never in memory twice
+# `quant_method` → its reader, a module with `packed_part(config, template, source, allow)`.
+PACKED: dict[str, ModuleType] = {
+    "compressed-tensors": ct_read,
+    "gptq": gptq_read,
+    "awq": awq_read,
+}
 BUFFERS = (".rotary_emb.inv_freq",)  # in old checkpoints; recomputed from the config
-
-
-class TensorSource(Protocol):
-    """Named tensors of a checkpoint, in Hugging Face's names and orientation."""
-
-    specs: dict[str, TensorSpec]
-    files: tuple[Path, ...]
-    where: str
-
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows `start` to `stop` of the tensor `name`."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,11 +61,7 @@ class CheckpointBlock:
 
     def struct(self) -> Block:
         """The block with `jax.ShapeDtypeStruct` leaves."""
-
-        def leaf(param: Param) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(param.shape, self.source.specs[param.name].dtype)
-
-        return jax.tree.map(leaf, self.template)
+        return jax.tree.map(lambda leaf: leaf_struct(leaf, self.source), self.template)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,7 +70,8 @@ class Checkpoint:
 
     Attributes:
       model: embedding, final norm and head are on the device, `blocks` are handles.
-      hf_config: the config as a dict; of a GGUF file, the one that says the same.
+      hf_config: the config as a dict; of a GGUF file, the one that says the same. It describes the
+        dense model: how the checkpoint packs weights is no part of it.
       files: what a writer carries over unchanged, name → path.
       source: what the user asked for.
       path: the directory or file it was found in.
@@ -121,10 +120,14 @@ def open_checkpoint(
         tensors, hf_config, generation, files = _open_file(path, allow)
     else:
         tensors, hf_config, generation, files = _open_directory(path)
+    hf_config = dict(hf_config)
+    quantization = hf_config.pop("quantization_config", None)
     template = template_of(
         hf_config, generation=generation, compute_dtype=compute_dtype, allow=allow
     )
-    reconcile(template, tensors)
+    packed = _packed_part(quantization, template, tensors, allow)
+    reconcile(template, tensors, packed)
+    template = packed_template(template, packed, tensors)
     ends = jax.device_put(fill(template.replace(blocks=()), tensors))
     blocks = tuple(CheckpointBlock(block, tensors) for block in template.blocks)
     model = ends.replace(blocks=blocks)
@@ -132,30 +135,24 @@ def open_checkpoint(
 
 
 def fill(template: Any, source: TensorSource) -> Any:
-    """The template with every `Param` replaced by its array, one tensor after another."""
-    return jax.tree.map(lambda param: read_param(param, source), template)
+    """The template with every leaf replaced by what it describes, one after another."""
+    return jax.tree.map(lambda leaf: read_leaf(leaf, source), template)
 
 
-def read_param(param: Param, source: TensorSource) -> np.ndarray:
-    """One leaf in our layout, contiguous, in its stored dtype."""
-    out = _aligned(param.shape, source.specs[param.name].dtype)
-    view = out.T if param.transpose else out
-    step, first = _step(view.shape), param.first_row
-    for start in range(0, len(view), step):
-        stop = min(start + step, len(view))
-        view[start:stop] = source.rows(param.name, first + start, first + stop)
-    return out
+def reconcile(template: Decoder, source: TensorSource, packed: Packed = NOTHING) -> None:
+    """Checks that the files hold just the tensors of the model.
 
-
-def reconcile(template: Decoder, source: TensorSource) -> None:
-    """Checks that the files hold just the tensors of the template.
+    Args:
+      template: of the dense model.
+      packed: which of its weights are stored as codes.
 
     Raises:
-      ValueError: a tensor is missing, unknown, of another shape or not of a float type; or a tied
-        model has a head of its own.
+      ValueError: a tensor is missing, unknown, or of another shape or type; or a tied model has a
+        head of its own.
     """
-    wanted = stored_tensors(template)
-    unknown = [n for n in source.specs if n not in wanted and not n.endswith(BUFFERS)]
+    wanted = wanted_tensors(template, packed, source)
+    harmless = lambda name: name in packed.unused or name.endswith(BUFFERS)  # noqa: E731
+    unknown = [name for name in source.specs if name not in wanted and not harmless(name)]
     missing = [name for name in wanted if name not in source.specs]
     if template.lm_head is None and "lm_head.weight" in unknown and not missing:
         _check_tied_head(template.embed.weight.name, source)
@@ -168,26 +165,42 @@ def reconcile(template: Decoder, source: TensorSource) -> None:
             f"{len(template.blocks)} blocks; {'; '.join(told)}. The config and the weights must be "
             "of one model: download both again, or correct the config"
         )
-    for name, params in wanted.items():
-        spec, shape = source.specs[name], stored_shape(params)
+    for name, (shape, dtypes) in wanted.items():
+        spec = source.specs[name]
         if spec.shape != shape:
             raise ValueError(
                 f"{source.where}: tensor {name!r} has shape {list(spec.shape)} and the config "
                 f"makes it {list(shape)}; correct the config or download the weights "
                 "again"
             )
-        if spec.dtype.name not in FLOATS:
+        if spec.dtype.name not in dtypes:
             raise ValueError(
                 f"{source.where}: tensor {name!r} is stored as {spec.dtype} and a weight must be "
-                f"one of {', '.join(FLOATS)}; if the checkpoint is quantized, start from the "
-                "unquantized one"
+                f"one of {', '.join(dtypes)}; if it is quantized in another way, {DENSE}"
             )
+
+
+def _packed_part(
+    quantization: Any, template: Decoder, source: TensorSource, allow: tuple[str, ...]
+) -> Packed:
+    """What of the model is stored as codes, by the config and checked against the files."""
+    if not quantization:
+        dense = dict.fromkeys(module_shapes(template), False)
+        check_modules(dense, source, "config.json, which has no quantization_config")
+        return NOTHING
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method not in PACKED:
+        raise ValueError(
+            f"config.json: quantization_config={str(quantization)[:120]}: quant_method={method!r} "
+            f"is not read; there is {', '.join(PACKED)}: {DENSE}"
+        )
+    return PACKED[method].packed_part(quantization, template, source, allow)
 
 
 def _check_tied_head(embed: str, source: TensorSource) -> None:
     spec, other = source.specs["lm_head.weight"], source.specs[embed]
     equal = spec == other
-    step = _step(spec.shape)
+    step = rows_a_time(spec.shape)
     for start in range(0, spec.shape[0] if equal else 0, step):
         rows = (source.rows(name, start, start + step) for name in ("lm_head.weight", embed))
         a, b = (r.view(np.uint8) for r in rows)
@@ -224,18 +237,6 @@ def _open_directory(path: Path) -> tuple[TensorSource, dict, dict, dict]:
     generation = path / "generation_config.json"
     generation = read_json(generation) if generation.exists() else {}
     return open_tensors(path), hf_config, generation, companions(path)
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array at a multiple of 64 bytes: JAX on CPU takes it over without a copy."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    raw = np.empty(nbytes + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + nbytes].view(dtype).reshape(shape)
-
-
-def _step(shape: tuple[int, ...]) -> int:
-    return max(1, CHUNK * shape[0] // max(1, math.prod(shape)))
 
 
 def _some(names: list[str], limit: int = 6) -> str:

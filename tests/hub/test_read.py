@@ -77,6 +77,28 @@ def test_blocks_are_handles_that_read_when_asked(tmp_path, monkeypatch):
     assert all(jax.tree.leaves(same))
 
 
+@pytest.mark.parametrize(("chunk", "of_q"), [(2**20, [(0, 32)]), (20 * 32, [(0, 20), (20, 32)])])
+def test_leaves_of_a_fused_tensor_read_their_own_rows(chunk, of_q, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxcomp.hub.leaves.CHUNK", chunk)  # 20 rows at a time, or all
+    handle = open_checkpoint(tiny.checkpoint("phi3", KEY, tmp_path)).model.blocks[1]
+    reads, rows = [], TensorFile.rows
+    monkeypatch.setattr(TensorFile, "rows", lambda self, *at: reads.append(at) or rows(self, *at))
+    attn, wanted = handle.load().attn, tiny.model("phi3", KEY).blocks[1].attn
+    for name in "qkv":
+        np.testing.assert_array_equal(getattr(attn, name).w, getattr(wanted, name).w)
+    assert [at[1:] for at in reads if "qkv_proj" in at[0]] == [*of_q, (32, 48), (48, 64)]
+
+
+def test_a_fused_tensor_of_another_shape_is_refused(tmp_path):
+    directory, name = (
+        tiny.checkpoint("phi3", KEY, tmp_path),
+        "model.layers.0.mlp.gate_up_proj.weight",
+    )
+    rewrite(directory, lambda tensors: tensors | {name: tensors[name][:95]})
+    with pytest.raises(ValueError, match=rf"'{name}' has shape \[95, 32\] and .*\[96, 32\]"):
+        open_checkpoint(directory)
+
+
 def test_the_fingerprint_follows_the_content(tmp_path):
     here = tiny.checkpoint("llama", KEY, tmp_path / "a")
     there = shutil.copytree(here, tmp_path / "b", copy_function=shutil.copyfile)

@@ -48,7 +48,8 @@ def template_of(
     if quantization := hf_config.get("quantization_config"):
         raise ValueError(
             f"config.json: quantization_config={str(quantization)[:120]}: the checkpoint is "
-            "already quantized, and such ones are not read yet; start from the unquantized one"
+            "already quantized, and a template is of the dense model; read it with "
+            "jaxcomp.hub.open_checkpoint, or leave the field out"
         )
     family = _family(hf_config)
     return family.template(hf_config, generation or {}, compute_dtype, tuple(allow))
