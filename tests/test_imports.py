@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "jaxcomp.core.quantize": ("jaxcomp.core", "pallas_kernels"),
     "jaxcomp.core.linear": ("jaxcomp.core", "pallas_kernels"),
     "jaxcomp.core.transforms": ("jaxcomp.core", "pallas_kernels"),
+    "jaxcomp.core.qarray": ("jaxcomp.core", "pallas_kernels.packing"),
     "jaxcomp.solvers": ("jaxcomp.core", "pallas_kernels.packing"),
     "jaxcomp.kv": ("jaxcomp.core", "pallas_kernels.packing"),
     "jaxcomp.parallel": (),
@@ -63,6 +64,7 @@ LOADED_LATE = (
     "lm_eval",
     "matplotlib",
     "orbax",
+    "qwix",
 )
 KERNELS_NEED = {"jax", "jaxtyping", "numpy"}
 
