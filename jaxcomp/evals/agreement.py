@@ -11,7 +11,7 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -101,32 +101,35 @@ class Agreement:
         return _summary(kl, agree, losses, windows.score)
 
 
-def check_same_tokens(
-    teacher: tuple[ModelConfig, Any, Encode],
-    student: tuple[ModelConfig, Any, Encode],
-    text: str,
-) -> None:
+class Readable(Protocol):
+    """A model with its tokenizer, as `jaxcomp.job.load` gives it."""
+
+    model: Decoder
+    tokenizer: Any
+    encode: Encode
+
+
+def check_same_tokens(teacher: Readable, student: Readable, text: str) -> None:
     """Refuses models whose predictions are not about the same tokens.
 
     Args:
-      teacher, student: config, tokenizer and encode of each.
       text: must have the same tokens with both.
 
     Raises:
       ValueError: says what differs.
     """
-    (a, tokenizer_a, encode_a), (b, tokenizer_b, encode_b) = teacher, student
+    a, b = teacher.model.config, student.model.config
     why = "; only models of one vocabulary can be compared token by token"
     if a.vocab_size != b.vocab_size:
         raise ValueError(f"the models have {a.vocab_size} and {b.vocab_size} words{why}")
-    ours, theirs = tokenizer_a.get_vocab(), tokenizer_b.get_vocab()
+    ours, theirs = teacher.tokenizer.get_vocab(), student.tokenizer.get_vocab()
     if odd := sorted(w for w in {*ours, *theirs} if ours.get(w) != theirs.get(w)):
         ids = " and ".join(str(v.get(odd[0], "no token")) for v in (ours, theirs))
         raise ValueError(f"the tokenizers differ in {len(odd)} words: {odd[0]!r} is {ids}{why}")
     starts = [c.bos_token_id if c.bos == "window" else None for c in (a, b)]
     if starts[0] != starts[1]:
         raise ValueError(f"windows begin with the tokens {starts[0]} and {starts[1]}{why}")
-    x, y = encode_a(text), encode_b(text)
+    x, y = teacher.encode(text), student.encode(text)
     if not np.array_equal(x, y):
         n = min(len(x), len(y))
         at = int(np.argmax(np.append(x[:n] != y[:n], True)))

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -104,21 +105,24 @@ def test_other_words_are_refused_with_what_differs(teacher, settings):
     tokenizer, other = tiny.tokenizer(), tiny.tokenizer()
     other.add_tokens(["<|more|>"])
     config = teacher.config
-    mine = (config, tokenizer, encode)
-    check_same_tokens(mine, mine, "any")
+
+    def readable(config=config, tokenizer=tokenizer, encode=encode):
+        model = types.SimpleNamespace(config=config)
+        return types.SimpleNamespace(model=model, tokenizer=tokenizer, encode=encode)
 
     def refused(theirs, message):
         with pytest.raises(ValueError, match=message):
-            check_same_tokens(mine, theirs, "any")
+            check_same_tokens(readable(), theirs, "any")
 
+    check_same_tokens(readable(), readable(), "any")
     larger = dataclasses.replace(config, vocab_size=400)
-    refused((larger, tokenizer, encode), "have 320 and 400 words; only models of one vocabulary")
-    refused((config, other, encode), r"differ in 1 words: '<\|more\|>' is no token and \d+")
+    refused(readable(larger), "have 320 and 400 words; only models of one vocabulary")
+    refused(readable(tokenizer=other), r"differ in 1 words: '<\|more\|>' is no token and \d+")
     with_bos = dataclasses.replace(config, bos="window")
-    refused((with_bos, tokenizer, encode), "windows begin with the tokens None and 0")
+    refused(readable(with_bos), "windows begin with the tokens None and 0")
     cut = lambda _: np.concatenate([IDS[:7], IDS[9:]])  # noqa: E731
-    refused((config, tokenizer, cut), "100 and 98 tokens, which first differ at token 7")
-    refused((config, tokenizer, lambda _: IDS[:50]), "100 and 50 .* first differ at token 50")
+    refused(readable(encode=cut), "100 and 98 tokens, which first differ at token 7")
+    refused(readable(encode=lambda _: IDS[:50]), "100 and 50 .* first differ at token 50")
     smaller = tiny.model("mistral", jax.random.key(0), vocab_size=300)
     with pytest.raises(ValueError, match="vocabularies of 320 and 300 words"):
         settings(teacher, smaller, encode)

@@ -6,11 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxcomp import job
+from jaxcomp.core.quantize import QuantSpec
 from jaxcomp.evals import Choice, Gold
 from jaxcomp.evals.choice import Answers, flips, summary
 from jaxcomp.hub import encode as encode_with
 from jaxcomp.hub import load_tokenizer, open_checkpoint
+from jaxcomp.methods import RTN
 from jaxcomp.models.text import encode_pair
+from jaxcomp.recipe import Recipe, recipe_from_json, recipe_to_json
 from tests import tiny
 
 QUESTIONS = [  # context, choices, right one
@@ -151,6 +155,21 @@ def test_the_name_tells_evaluations_apart(evaluation):
     assert len({evaluation(*s).name for s in settings}) == len(settings)
     with pytest.raises(ValueError, match="limit=0 is below 1"):
         evaluation("piqa", 0)
+
+
+def test_a_recipe_measures_tasks_and_its_run_depends_on_their_content(place, tmp_path):
+    path = write(tmp_path / "t.jsonl")
+    recipe = Recipe((RTN(QuantSpec(2)),), evals=(Choice(path, 3), Gold(path)))
+    assert recipe_from_json(recipe_to_json(recipe)) == recipe
+    report = job.compress(place, recipe, tmp_path / "out", compare=False)
+    names = [evaluation.name for evaluation in recipe.evals]
+    assert list(report.evals_before) == list(report.evals_after) == names
+    before, after = (e[names[1]] for e in (report.evals_before, report.evals_after))
+    assert before["bits_per_byte"] != after["bits_per_byte"] and before["items"] == 4
+    identity = lambda: job.run_identity(job.load(place), recipe, None, "float32")  # noqa: E731
+    first = identity()
+    write(tmp_path / "t.jsonl", QUESTIONS[::-1])
+    assert identity() != first and identity()["recipe"] == first["recipe"]
 
 
 def answers(chosen):
