@@ -177,8 +177,8 @@ def _arguments(args: Any, where: str) -> tuple[Fields, dict[str, Any]]:
     bits, kind = fields.integer("num_bits", 8), str(fields.get("type", "int")).lower()
     if kind != "int" or not 2 <= bits <= 8:
         raise ValueError(
-            f"{where} are of type {kind!r} with {bits} bits, and only integers of 2 to 8 bits are "
-            f"read; {WAY_OUT}"
+            f"{where}: type {kind!r} with {bits} bits is not read; there is int with 2 to 8: "
+            f"{WAY_OUT}"
         )
     dynamic = fields.get("dynamic", False)
     if type(dynamic) is not bool:

@@ -50,6 +50,8 @@ def packed_part(
         for name, group in groups.items()
         if group is not None
     }
+    odd = {n: x for n, x in linears.items() if x.form is WORDS and ct_pack.WORD % x.spec.bits}
+    linears |= _of_their_generation(odd, source, scheme.version)
     return Packed(linears, scheme.kv_cache)
 
 
@@ -74,33 +76,44 @@ def _linear(
             f"{source.where}: group {group} quantizes the input of lm_head ({act}), and the final "
             f"hidden state is no site; {DENSE}"
         )
-    linear = PackedLinear(name, shape[1], shape[0], spec, WORDS if in_words else BYTES, act)
-    return _of_its_generation(linear, source, scheme.version) if in_words else linear
+    return PackedLinear(name, shape[1], shape[0], spec, WORDS if in_words else BYTES, act)
 
 
-def _of_its_generation(
-    linear: PackedLinear, source: TensorSource, version: tuple[int, int] | None
-) -> PackedLinear:
-    """The module with the packing that its tensors have.
+def _of_their_generation(
+    linears: dict[str, PackedLinear], source: TensorSource, version: tuple[int, int] | None
+) -> dict[str, PackedLinear]:
+    """The modules with the packing that their tensors have; one library wrote them all.
 
     Raises:
       ValueError: nothing tells which of two it is.
     """
-    per_word = ct_pack.WORD // linear.spec.bits
-    gapped = dataclasses.replace(linear, form=GAPPED)
-    if ct_pack.WORD % linear.spec.bits == 0:
-        return linear
-    fits = [x for x in (linear, gapped) if _has_shapes(x, source)]
-    if len(fits) < 2:
-        return fits[0] if fits else linear  # whose shapes are refused by name
-    one_word = linear.in_ch <= per_word and (linear.spec.symmetric or linear.out_ch <= per_word)
-    if version is None and not one_word:
-        raise ValueError(
-            f"{source.where}: module {linear.name!r} has {linear.in_ch} × {linear.out_ch} codes of "
-            f"{linear.spec.bits} bits, for which both packings of the format are as wide, and the "
-            "quantization_config has no version of compressed-tensors that would tell; write it in"
-        )
-    return gapped if version is not None and version < WITHOUT_GAPS else linear
+    gapped = {name: dataclasses.replace(linear, form=GAPPED) for name, linear in linears.items()}
+    both, found = [], {}
+    for name, linear in linears.items():
+        fits = [x for x in (linear, gapped[name]) if _has_shapes(x, source)]
+        if len(fits) > 1:
+            both.append(name)
+        found[name] = fits[0] if fits else linear  # whose shapes are refused by name
+    told = {found[name].form is GAPPED for name in linears if name not in both}
+    if len(told) != 1 and version is not None:
+        told = {version < WITHOUT_GAPS}
+    for name in both:
+        if len(told) == 1:
+            found[name] = gapped[name] if told == {True} else linears[name]
+        elif not _in_one_word(linear := linears[name]):
+            raise ValueError(
+                f"{source.where}: module {name!r} has {linear.in_ch} × {linear.out_ch} codes of "
+                f"{linear.spec.bits} bits, for which both packings of the format are as wide, and "
+                "the quantization_config has no version of compressed-tensors that would tell; "
+                "write it in"
+            )
+    return found
+
+
+def _in_one_word(linear: PackedLinear) -> bool:
+    """Whether no stream of it is longer than what both packings hold alike."""
+    longest = linear.in_ch if linear.spec.symmetric else max(linear.in_ch, linear.out_ch)
+    return longest <= ct_pack.WORD // linear.spec.bits
 
 
 def _has_shapes(linear: PackedLinear, source: TensorSource) -> bool:

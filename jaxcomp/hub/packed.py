@@ -181,7 +181,8 @@ def check_modules(quantized: Mapping[str, bool], source: TensorSource, said_by: 
         if kind in MARKS:
             found.setdefault(module, tensor)
     alike = (
-        f"Readers that follow the config compute nonsense without an error: correct it, or {DENSE}"
+        "Readers that follow the config compute nonsense from this without an error: correct it, "
+        f"or {DENSE}"
     )
     for module, tensor in found.items():
         if not quantized.get(module):

@@ -186,7 +186,7 @@ def _packed_part(
     """What of the model is stored as codes, by the config and checked against the files."""
     if not quantization:
         dense = dict.fromkeys(module_shapes(template), False)
-        check_modules(dense, source, "config.json, which has no quantization_config")
+        check_modules(dense, source, "the missing quantization_config of config.json")
         return NOTHING
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method not in PACKED:
