@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import pathlib
 import re
 
@@ -47,3 +48,18 @@ def test_files_that_a_document_names_exist(page):
     text = page.read_text(encoding="utf-8")
     named = re.findall(r"\b((?:configs|benchmarks|tests|docs)/[\w/.]+\.(?:py|md|json|png))\b", text)
     assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_offline(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import notebook
+
+    stored = json.loads(notebook.NOTEBOOK.read_text(encoding="utf-8"))
+    found = notebook.run(stored)
+    ran = [cell for cell in found["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in ran] == list(range(1, len(ran) + 1))
+    assert all(cell["outputs"] for cell in ran)
+    printed = "".join("".join(out["text"]) for cell in ran for out in cell["outputs"])
+    rtn, gptq = (float(x) for x in re.findall(r"relative error of the logits ([\d.]+)", printed))
+    assert gptq < 0.7 * rtn
