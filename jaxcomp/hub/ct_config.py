@@ -17,7 +17,6 @@ from jaxcomp.core.quantize import QuantSpec
 
 LAYOUT_VERSION = "0.20.0"  # of the format; from 0.18 on odd widths are packed without gaps
 LINEAR = "Linear"  # the class of every module that is listed here
-CLASSES = (LINEAR, "Module")  # what such a module is an instance of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +122,7 @@ def match_modules(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, 
         for group, scheme in config["config_groups"].items()
         for target in scheme["targets"]
     }
-    order = sorted(targets, key=lambda t: (t in CLASSES, t.startswith("re:"), t))
+    order = sorted(targets, key=lambda target: (target == LINEAR, target.startswith("re:"), target))
     found = {}
     for name in names:
         ignored = any(_matches(pattern, name) for pattern in config.get("ignore") or ())
@@ -162,7 +161,7 @@ def check_matches(config: Mapping[str, Any], schemes: Schemes) -> None:
 def _matches(pattern: str, name: str) -> bool:
     if pattern.startswith("re:"):
         return re.match(pattern.removeprefix("re:"), name) is not None
-    return pattern in (name, *CLASSES)
+    return pattern in (name, LINEAR)
 
 
 def _weights(scheme: ModuleScheme) -> dict[str, Any]:
