@@ -1,7 +1,7 @@
 """FlatQuant W3A3KV3 of SmolLM2-135M: three bits everywhere.
 
 Run: jaxcomp compress demo:smollm2 configs/smollm2_flatquant_w3a3kv3.py --out OUT
-Expect: not measured yet.
+Expect: perplexity 154.4 without GPTQ, dense 20.12 (2026-11-25, 2 CPU cores, jax 0.10.2).
 """
 
 from jaxcomp import CalibSpec, FlatQuant, Perplexity, QuantSpec, Recipe

@@ -1,7 +1,7 @@
 """FlatQuant W4A4KV4 of SmolLM2-135M with the input of `down` and its weight at eight bits.
 
 Run: jaxcomp compress demo:smollm2 configs/smollm2_flatquant_w4a4kv4_ffn8.py --out OUT
-Expect: not measured yet.
+Expect: perplexity 25.60 without GPTQ, dense 20.12 (2026-11-25, 2 CPU cores, jax 0.10.2).
 """
 
 from jaxcomp import CalibSpec, FlatQuant, Override, Perplexity, QuantSpec, Recipe
