@@ -8,6 +8,7 @@ Every probe of block i starts from what enters block i and goes through all bloc
 model of n blocks with m probes a block costs m (n + 1)/2 passes through all blocks.
 """
 
+import dataclasses
 import functools
 import typing
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxcomp.calibrate.plan import Program
+from jaxcomp.calibrate.plan import Program, tree_bytes
 from jaxcomp.calibrate.stream import BlockStep, Calibration, Metrics, Result, Run, blockwise
 from jaxcomp.core.metrics import Row
 from jaxcomp.core.quantize import QTensor, QuantSpec, dequantize, quantize_with
@@ -52,6 +53,7 @@ def measure(
     calib: Calibration | None,
     grids: Iterable[QuantSpec],
     by: By,
+    windows: int | None = None,
     run: Run = Run(),
 ) -> Result:
     """The model as it came, and the price of every probe in the rows of its blocks.
@@ -60,6 +62,7 @@ def measure(
       name: of the step, in rows and messages.
       grids: what each probe is tried with; they differ in their bits.
       by: what is one probe, a "linear", all linears that read one "site", or a "block".
+      windows: the first so many of the calibration windows; None for all.
       run: on one process.
 
     Returns:
@@ -71,6 +74,8 @@ def measure(
             "each; give it a mesh over the devices of one process"
         )
     grids = tuple(grids)
+    if calib is not None:
+        calib = dataclasses.replace(calib, tokens=calib.tokens[:windows])
     known = functools.cache(lambda: _reference(model, calib))
 
     def visit(step: BlockStep) -> tuple[Block, Metrics]:
@@ -128,16 +133,38 @@ def check_probes(model: Decoder, by: str) -> None:
                 )
 
 
+def check_windows(windows: int | None) -> None:
+    """Refuses a number of windows on which nothing can be measured.
+
+    Raises:
+      ValueError: it is below 1.
+    """
+    if windows is not None and windows < 1:
+        raise ValueError(f"windows={windows} is below 1; None takes all there are")
+
+
 def plan_probes(
-    block: Block, hidden: Any, batches: int, n_blocks: int, grids: Iterable[QuantSpec], by: By
-) -> list[Program]:
-    """The programs of `measure` for a block in the middle; the head's are not among them."""
+    block: Block,
+    hidden: Any,
+    batches: int,
+    n_blocks: int,
+    grids: Iterable[QuantSpec],
+    by: By,
+    windows: int | None = None,
+) -> tuple[list[Program], int]:
+    """The programs of `measure` for a block in the middle, and the bytes of all probes' streams.
+
+    The programs of the head are not among them.
+    """
     grids = tuple(grids)
+    if windows is not None:
+        batches = min(batches, -(-windows // hidden.shape[0]))
     paths = [path for group in probes(block, by).values() for path in group]
     weights = [get_at(block, path).w for path in paths]
     rounding = [Program(_round, (w,), 1, dict(spec=spec)) for w in weights for spec in grids]
-    passes = batches * len(probes(block, by)) * len(grids) * (n_blocks + 1) // 2
-    return [*rounding, Program(block_step, (block, hidden), passes + 2 * batches)]
+    streams = batches * len(probes(block, by)) * len(grids)
+    steps = streams * (n_blocks + 1) // 2 + 2 * batches
+    return [*rounding, Program(block_step, (block, hidden), steps)], streams * tree_bytes(hidden)
 
 
 def rounded(block: Block, paths: Iterable[str], spec: QuantSpec) -> Block:

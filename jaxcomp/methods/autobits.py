@@ -21,7 +21,14 @@ import jax
 import numpy as np
 
 from jaxcomp.calibrate.plan import BlockPlan, tree_bytes
-from jaxcomp.calibrate.sensitivity import check_probes, measure, plan_probes, prices, probes
+from jaxcomp.calibrate.sensitivity import (
+    check_probes,
+    check_windows,
+    measure,
+    plan_probes,
+    prices,
+    probes,
+)
 from jaxcomp.calibrate.stream import Calibration, Result, Run
 from jaxcomp.core.metrics import Row
 from jaxcomp.core.quantize import QuantSpec, quantize
@@ -43,12 +50,15 @@ class AutoBits:
         the result may have; `bits_per_weight` of the report.
       bits: widths to choose from, 2 to 8.
       by: what gets a width: all linears that read one "site", or each "linear".
+      windows: measure on the first so many of the calibration windows; None for all. `method` sees
+        all of them in any case.
     """
 
     method: Any
     target_bits: float
     bits: tuple[int, ...] = (2, 3, 4, 6, 8)
     by: Literal["site", "linear"] = "site"
+    windows: int | None = None
     needs_text: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -63,6 +73,7 @@ class AutoBits:
             raise ValueError(f"by={self.by!r} is none of site, linear")
         if not self.bits or len(set(self.bits)) < len(self.bits):
             raise ValueError(f"bits={self.bits} must name at least one width, and none twice")
+        check_windows(self.windows)
         assert self.grids  # builds each, and refuses widths that no grid has
 
     @property
@@ -76,7 +87,7 @@ class AutoBits:
             dataclasses.replace(run, store=run.store and run.store.part(part))
             for part in ("measure", "apply")
         )
-        _, rows = measure("AutoBits", model, calib, self.grids, self.by, first)
+        _, rows = measure("AutoBits", model, calib, self.grids, self.by, self.windows, first)
         rows = self.decide(model, rows)
         result = self.found(rows)(model, calib, second)
         return Result(result.model, [*rows, *result.rows])
@@ -140,9 +151,9 @@ class AutoBits:
 
         Widths are those of `method`: which ones will be chosen is not known before.
         """
-        programs = plan_probes(block, hidden, batches, n_blocks, self.grids, self.by)
+        how = self.grids, self.by, self.windows
+        programs, streams = plan_probes(block, hidden, batches, n_blocks, *how)
         inner = self.method.plan_block(block, hidden, batches, n_blocks)
-        streams = batches * tree_bytes(hidden) * len(self.grids) * len(probes(block, self.by))
         kept = max(inner.kept_bytes, tree_bytes(block) + streams)
         return BlockPlan([*programs, *inner.programs], kept, inner.result)
 

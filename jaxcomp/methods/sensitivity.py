@@ -12,7 +12,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 from jaxcomp.calibrate.plan import BlockPlan, tree_bytes
-from jaxcomp.calibrate.sensitivity import By, check_probes, measure, plan_probes, probes
+from jaxcomp.calibrate.sensitivity import By, check_probes, check_windows, measure, plan_probes
 from jaxcomp.calibrate.stream import Calibration, Result, Run
 from jaxcomp.core.quantize import QuantSpec
 from jaxcomp.models.anatomy import check_grid
@@ -27,14 +27,17 @@ class Sensitivity:
       weight: grid of the weights that are quantized.
       bits: widths that it is tried with; () for its own alone.
       by: what is quantized at a time: a "linear", all linears that read one "site", or a "block".
+      windows: the first so many of the calibration windows; None for all.
     """
 
     weight: QuantSpec = QuantSpec(bits=4)
     bits: tuple[int, ...] = ()
     by: By = "linear"
+    windows: int | None = None
     needs_text: ClassVar[bool] = True
 
     def __post_init__(self):
+        check_windows(self.windows)
         assert self.grids  # builds each, and refuses widths that no grid has
 
     @property
@@ -45,7 +48,7 @@ class Sensitivity:
 
     def __call__(self, model: Decoder, calib: Calibration | None, run: Run = Run()) -> Result:
         self.check(model)
-        return measure("Sensitivity", model, calib, self.grids, self.by, run)
+        return measure("Sensitivity", model, calib, self.grids, self.by, self.windows, run)
 
     def check(self, model: Decoder) -> None:
         """Raises ValueError where the settings do not fit the model; reads no block."""
@@ -54,6 +57,6 @@ class Sensitivity:
 
     def plan_block(self, block: Block, hidden: Any, batches: int, n_blocks: int) -> BlockPlan:
         """The programs of one block and what they make of it, for a dry run."""
-        programs = plan_probes(block, hidden, batches, n_blocks, self.grids, self.by)
-        streams = batches * tree_bytes(hidden) * len(self.grids) * len(probes(block, self.by))
+        how = self.grids, self.by, self.windows
+        programs, streams = plan_probes(block, hidden, batches, n_blocks, *how)
         return BlockPlan(programs, tree_bytes(block) + streams, block)

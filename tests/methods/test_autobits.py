@@ -54,6 +54,16 @@ def test_a_price_is_the_divergence_of_the_model_with_that_part_alone_quantized(m
         assert found[i, what, 2] > found[i, what, 5] > 0
 
 
+def test_windows_limit_what_is_measured_on_and_what_is_planned(model, calib):
+    cfg = Sensitivity(W4, by="block", windows=2)
+    half = Calibration(calib.tokens[:2], batch=2)
+    strip = lambda result: [row.metrics for row in result.rows]  # noqa: E731
+    assert strip(cfg(model, calib)) == strip(Sensitivity(W4, by="block")(model, half))
+    hidden = jax.ShapeDtypeStruct((2, 12, 32), jnp.float32)
+    calls = lambda c: c.plan_block(model.blocks[0], hidden, 2, 3).programs[-1].calls  # noqa: E731
+    assert calls(Sensitivity(W4, by="block")) == 2 * calls(cfg)
+
+
 def test_the_measured_model_is_left_alone_and_not_copied(model, calib, tmp_path):
     result = Sensitivity(W4, by="block")(model, calib, Run(StepStore(tmp_path)))
     assert all(new is old for new, old in zip(result.model.blocks, model.blocks, strict=True))
@@ -135,6 +145,7 @@ def test_a_search_that_was_interrupted_continues(model, calib, tmp_path):
     [
         (dict(method=SmoothQuant()), "has no weight grid with exceptions; use one with"),
         (dict(by="block"), "by='block' is none of site, linear"),
+        (dict(windows=0), "windows=0 is below 1"),
         (dict(bits=()), "must name at least one width"),
         (dict(bits=(4, 9)), "bits=9"),
     ],
