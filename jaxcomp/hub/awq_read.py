@@ -20,7 +20,8 @@ from jaxtyping import Int32, UInt8
 from jaxcomp.hub.bits import stream_bytes
 from jaxcomp.hub.gptq_read import group_spec
 from jaxcomp.hub.leaves import TensorSource, Wanted, aligned, rows_a_time, whole
-from jaxcomp.hub.packed import DENSE, Form, Packed, PackedLinear, check_modules, module_shapes
+from jaxcomp.hub.packed import DENSE, Form, Packed, PackedLinear
+from jaxcomp.hub.packed_model import check_modules, module_shapes
 from jaxcomp.models.decoder import Decoder
 from jaxcomp.models.families.fields import Fields
 

@@ -37,7 +37,7 @@ class Group(NamedTuple):
     act: QuantSpec | None
 
 
-class Scheme(NamedTuple):
+class ParsedConfig(NamedTuple):
     """A whole config.
 
     Attributes:
@@ -51,7 +51,7 @@ class Scheme(NamedTuple):
     version: tuple[int, int] | None
 
 
-def parse_config(config: Mapping[str, Any], allow: tuple[str, ...] = ()) -> Scheme:
+def parse_config(config: Mapping[str, Any], allow: tuple[str, ...] = ()) -> ParsedConfig:
     """The grids of a config.
 
     Args:
@@ -93,7 +93,7 @@ def parse_config(config: Mapping[str, Any], allow: tuple[str, ...] = ()) -> Sche
     cache = fields.get("kv_cache_scheme", None)
     version = re.match(r"(\d+)\.(\d+)", str(fields.get("version", "")))
     fields.finish(HARMLESS, allow)
-    return Scheme(
+    return ParsedConfig(
         found,
         None if cache is None else _cache(cache, allow),
         None if version is None else (int(version[1]), int(version[2])),

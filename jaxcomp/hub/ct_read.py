@@ -17,9 +17,10 @@ import numpy as np
 from jaxcomp.hub import ct_pack
 from jaxcomp.hub.bits import stream_bytes
 from jaxcomp.hub.ct_config import match_modules
-from jaxcomp.hub.ct_parse import Scheme, parse_config
+from jaxcomp.hub.ct_parse import ParsedConfig, parse_config
 from jaxcomp.hub.leaves import TensorSource, Wanted, aligned, rows_a_time, whole
-from jaxcomp.hub.packed import DENSE, Form, Packed, PackedLinear, check_modules, module_shapes
+from jaxcomp.hub.packed import DENSE, Form, Packed, PackedLinear
+from jaxcomp.hub.packed_model import check_modules, module_shapes
 from jaxcomp.models.decoder import Decoder
 
 WITHOUT_GAPS = (0, 18)  # versions from here on pack codes of 3, 5, 6 and 7 bits without gaps
@@ -56,7 +57,7 @@ def packed_part(
 
 
 def _linear(
-    name: str, shape: tuple[int, int], scheme: Scheme, group: str, source: TensorSource
+    name: str, shape: tuple[int, int], scheme: ParsedConfig, group: str, source: TensorSource
 ) -> PackedLinear:
     format, spec, act = scheme.groups[group]
     in_words = format == "pack-quantized"
@@ -88,19 +89,22 @@ def _of_their_generation(
       ValueError: nothing tells which of two it is.
     """
     gapped = {name: dataclasses.replace(linear, form=GAPPED) for name, linear in linears.items()}
-    both, found = [], {}
-    for name, linear in linears.items():
-        fits = [x for x in (linear, gapped[name]) if _has_shapes(x, source)]
-        if len(fits) > 1:
-            both.append(name)
-        found[name] = fits[0] if fits else linear  # whose shapes are refused by name
-    told = {found[name].form is GAPPED for name in linears if name not in both}
+    fits = {
+        name: [x for x in (linear, gapped[name]) if _has_shapes(x, source)]
+        for name, linear in linears.items()
+    }
+    told = {fit[0].form is GAPPED for fit in fits.values() if len(fit) == 1}
     if len(told) != 1 and version is not None:
         told = {version < WITHOUT_GAPS}
-    for name in both:
-        if len(told) == 1:
-            found[name] = gapped[name] if told == {True} else linears[name]
-        elif not _in_one_word(linear := linears[name]):
+    found = {}
+    for name, linear in linears.items():
+        if len(fits[name]) < 2:
+            found[name] = (
+                fits[name][0] if fits[name] else linear
+            )  # whose shapes are refused by name
+        elif len(told) == 1 or _in_one_word(linear):
+            found[name] = gapped[name] if told == {True} else linear
+        else:
             raise ValueError(
                 f"{source.where}: module {name!r} has {linear.in_ch} × {linear.out_ch} codes of "
                 f"{linear.spec.bits} bits, for which both packings of the format are as wide, and "

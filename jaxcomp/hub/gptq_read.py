@@ -20,7 +20,8 @@ import numpy as np
 from jaxcomp.core.quantize import QuantSpec
 from jaxcomp.hub.bits import stream_bytes, top_bits, unpack_bits
 from jaxcomp.hub.leaves import TensorSource, Wanted, aligned, rows_a_time, whole
-from jaxcomp.hub.packed import DENSE, Form, Packed, PackedLinear, check_modules, module_shapes
+from jaxcomp.hub.packed import DENSE, Form, Packed, PackedLinear
+from jaxcomp.hub.packed_model import check_modules, module_shapes
 from jaxcomp.models.decoder import Decoder
 from jaxcomp.models.families.fields import Fields
 from jaxcomp.models.families.template import stored_tensors

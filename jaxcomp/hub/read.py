@@ -27,10 +27,8 @@ from jaxcomp.hub.gguf_model import GGUFTensors
 from jaxcomp.hub.gguf_model import hf_config as gguf_config
 from jaxcomp.hub.leaves import TensorSource, leaf_struct, read_leaf, rows_a_time
 from jaxcomp.hub.locate import locate
-from jaxcomp.hub.packed import (
-    DENSE,
-    NOTHING,
-    Packed,
+from jaxcomp.hub.packed import DENSE, NOTHING, Packed
+from jaxcomp.hub.packed_model import (
     check_modules,
     module_shapes,
     packed_template,
@@ -186,7 +184,10 @@ def _packed_part(
     """What of the model is stored as codes, by the config and checked against the files."""
     if not quantization:
         dense = dict.fromkeys(module_shapes(template), False)
-        check_modules(dense, source, "the missing quantization_config of config.json")
+        missing = (
+            "the missing quantization_config of config.json (is there a quantize_config.json?)"
+        )
+        check_modules(dense, source, missing)
         return NOTHING
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method not in PACKED:

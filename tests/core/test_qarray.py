@@ -10,7 +10,6 @@ import pytest
 from jaxcomp.core.qarray import from_qarray, to_qarray
 from jaxcomp.core.quantize import QuantSpec, dequantize, quantize
 
-KEY = jax.random.key(0)
 SHAPE = (48, 20)
 GRIDS = {
     "tensor": dict(granularity="tensor"),
@@ -24,8 +23,17 @@ def qwix():
     return pytest.importorskip("qwix", reason="pip install --no-deps qwix==0.1.8")
 
 
+def values(shape=SHAPE):
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
 def weight(spec, shape=SHAPE):
-    return quantize(jax.random.normal(KEY, shape), spec)
+    return jax.jit(quantize, static_argnames="spec")(values(shape), spec=spec)
+
+
+def by_qwix(qwix, w, qtype, **how):
+    """Its own quantization, compiled at once."""
+    return jax.jit(lambda w: qwix.quantize(w, qtype, **how))(w)
 
 
 def assert_equal(a, b):
@@ -49,8 +57,7 @@ def test_there_and_back_is_the_same_weight(bits, grid, symmetric, qwix):
 
 @pytest.mark.parametrize("qtype", ["int2", "int3", "int8", jnp.int4])
 def test_what_qwix_quantized_comes_back_as_it_was(qtype, qwix):
-    w = jax.random.normal(KEY, SHAPE)
-    theirs = qwix.quantize(w, qtype, channelwise_axes=[1], tiled_axes={0: 16})
+    theirs = by_qwix(qwix, values(), qtype, channelwise_axes=[1], tiled_axes={0: 16})
     ours = from_qarray(theirs)
     np.testing.assert_array_equal(dequantize(ours), qwix.dequantize(theirs))
     again = to_qarray(ours)
@@ -61,8 +68,7 @@ def test_what_qwix_quantized_comes_back_as_it_was(qtype, qwix):
 
 @pytest.mark.parametrize("tiles", [{0: 16, 1: 5}, {0: 12}, {}])
 def test_scales_shared_by_output_channels_are_written_out(tiles, qwix):
-    w = jax.random.normal(KEY, SHAPE)
-    theirs = qwix.quantize(w, jnp.int8, tiled_axes=tiles, calibration_method="minmax")
+    theirs = by_qwix(qwix, values(), jnp.int8, tiled_axes=tiles, calibration_method="minmax")
     ours = from_qarray(theirs)
     assert ours.scale.shape[-1] == (SHAPE[1] if tiles else 1) == ours.zero_point.shape[-1]
     np.testing.assert_array_equal(dequantize(ours), qwix.dequantize(theirs))
@@ -71,28 +77,28 @@ def test_scales_shared_by_output_channels_are_written_out(tiles, qwix):
 def test_experts_share_a_scale_or_have_their_own(qwix):
     q = weight(QuantSpec(3, group_size=16, symmetric=False), (2, *SHAPE))
     assert_equal(from_qarray(to_qarray(q)), q)
-    theirs = qwix.quantize(jax.random.normal(KEY, (2, *SHAPE)), jnp.int4, channelwise_axes=[2])
+    theirs = by_qwix(qwix, values((2, *SHAPE)), jnp.int4, channelwise_axes=[2])
     ours = from_qarray(theirs)
     assert theirs.scale.shape[0] == 1 and ours.scale.shape == (2, 1, SHAPE[1])
     np.testing.assert_array_equal(dequantize(ours), qwix.dequantize(theirs))
 
 
 def test_a_scale_in_bfloat16_is_held_exactly(qwix):
-    theirs = qwix.quantize(jax.random.normal(KEY, SHAPE), jnp.int8, scale_dtype=jnp.bfloat16)
+    theirs = by_qwix(qwix, values(), jnp.int8, scale_dtype=jnp.bfloat16)
     scale = from_qarray(theirs).scale
     assert scale.dtype == jnp.float32
     np.testing.assert_array_equal(scale, theirs.scale.astype(jnp.float32))
 
 
 @pytest.mark.parametrize(
-    ("qtype", "method", "message"),
+    ("qtype", "message"),
     [
-        ("nf4", "absmax", "qtype='nf4' is no grid of a QTensor; there is int2, int3"),
-        (jnp.float8_e4m3fn, "absmax", "qtype='float8_e4m3fn' is no grid"),
+        ("nf4", "qtype='nf4' is no grid of a QTensor; there is int2, int3"),
+        (jnp.float8_e4m3fn, "qtype='float8_e4m3fn' is no grid"),
     ],
 )
-def test_other_number_formats_are_refused(qtype, method, message, qwix):
-    theirs = qwix.quantize(jax.random.normal(KEY, SHAPE), qtype, calibration_method=method)
+def test_other_number_formats_are_refused(qtype, message, qwix):
+    theirs = by_qwix(qwix, values(), qtype)
     with pytest.raises(ValueError, match=message):
         from_qarray(theirs)
 

@@ -221,6 +221,14 @@ def damaged(whole, tmp_path, kind):
     return shutil.copytree(whole / kind, tmp_path / "copy")
 
 
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_reading_in_small_pieces_changes_nothing(kind, whole, monkeypatch):
+    handle = open_checkpoint(whole / kind).model.blocks[0]
+    at_once = handle.load()
+    monkeypatch.setattr("jaxcomp.hub.leaves.CHUNK", 40)
+    jax.tree.map(np.testing.assert_array_equal, handle.load(), at_once)
+
+
 @pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
