@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jaxcomp.hub.gguf import GGUFFile
-from jaxcomp.hub.names import to_hf
+from jaxcomp.hub.names import to_gguf, to_hf
 from jaxcomp.models.families.fields import Fields
 
 ROPE_FACTORS = {
@@ -62,6 +62,15 @@ def hf_name(name: str, dialect: Dialect) -> str | None:
     usual = to_hf(name)
     taken = usual and any(f".{new}." in usual for new in dialect.names.values())
     return None if taken else usual
+
+
+def gguf_name(name: str, dialect: Dialect) -> str | None:
+    """The GGUF name of a Hugging Face tensor, None if there is none."""
+    match = re.fullmatch(r"model\.layers\.(\d+)\.([\w.]+)\.(weight|bias)", name)
+    own = {new: old for old, new in dialect.names.items()}
+    if match and match[2] in own:
+        return f"blk.{match[1]}.{own[match[2]]}.{match[3]}"
+    return to_gguf(name)
 
 
 def _gemma3(file: GGUFFile, fields: Fields, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from jaxcomp.models.decoder import Block
 from jaxcomp.models.rope import Rope, turned_channels
 
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "BF16": 32}
+NAME = "exported by jaxcomp"  # loaders go by the names of some families, if they find one here
 YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}  # what llama.cpp has built in
 
 
@@ -48,7 +49,7 @@ def model_keys(
     }
     general = {
         "general.architecture": arch.name,
-        "general.name": f"{config.family}, exported by jaxcomp",
+        "general.name": NAME,
         "general.alignment": np.uint32(ALIGNMENT),
         "general.file_type": np.uint32(FILE_TYPES[file_type]),
         "general.quantization_version": np.uint32(2),

@@ -24,6 +24,11 @@ LLAMA3_WORDS = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2_WORDS = LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
+TEKKEN_WORDS = (  # a word ends where a small letter is followed by a capital one
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 
 
@@ -139,7 +144,8 @@ RULES: dict[str, Callable[["Tokenizer"], None]] = {
     "llama-bpe": _words(LLAMA3_WORDS),
     "dbrx": _words(LLAMA3_WORDS),  # OLMo 2, Phi 4
     "qwen2": _words(QWEN2_WORDS, nfc=True),
+    "tekken": _words(TEKKEN_WORDS),  # Mistral since NeMo
     "default": _words(r"[\p{P}\$\+<=>\^~\|]+", GPT2_WORDS, r"\p{N}+", "[0-9][0-9][0-9]"),
 }
-IGNORE_MERGES = {"llama-bpe"}  # a word that is a token is taken whole
-ADD_BOS = {"llama-bpe"}  # where the file does not say
+IGNORE_MERGES = {"llama-bpe", "tekken"}  # a word that is a token is taken whole
+ADD_BOS = {"llama-bpe", "tekken"}  # where the file does not say

@@ -34,10 +34,12 @@ from jaxcomp.hub.gguf_blocks import (
     take_columns,
 )
 from jaxcomp.hub.gguf_container import Entry, write_gguf
+from jaxcomp.hub.gguf_dialects import DIALECTS, gguf_name
 from jaxcomp.hub.gguf_keys import context_length, llama3_divisors, model_keys, rope_keys
+from jaxcomp.hub.gguf_notes import changes, contents
 from jaxcomp.hub.gguf_tokenizer import build_tokenizer
 from jaxcomp.hub.gguf_vocab import PROBE, vocabulary
-from jaxcomp.hub.names import ARCHITECTURES, Architecture, to_gguf
+from jaxcomp.hub.names import ARCHITECTURES, Architecture
 from jaxcomp.hub.stock import Leaf, gather, stock
 from jaxcomp.hub.tokenizer import load_tokenizer
 from jaxcomp.hub.write import ExportSource
@@ -88,7 +90,14 @@ def check(model: Decoder, hf_config: dict[str, Any]) -> None:
             )
         if not arch.biases and (block.attn.q.b is not None or block.ffn.gate.b is not None):
             raise ValueError(f"block {i} has biases and {arch.name} of llama.cpp has none")
+        if arch.square and block.attn.q.w.shape[-1] != model.config.d_model:
+            raise ValueError(
+                f"block {i} has {block.attn.n_heads} heads of {block.attn.head_dim} channels, and "
+                f"{arch.name} of llama.cpp makes them of {model.config.d_model}"
+            )
     rope_keys(blocks[0].attn.rope, arch)
+    if not arch.tied and model.lm_head is None:
+        raise ValueError(f"the head is the embedding, and {arch.name} of llama.cpp has its own")
 
 
 def write(source: ExportSource, out: Path, *, dense: str = "stored") -> list[str]:
@@ -113,7 +122,7 @@ def write(source: ExportSource, out: Path, *, dense: str = "stored") -> list[str
     model, arch = source.model, _architecture(source.model)
     structs = [block_struct(block) for block in model.blocks]
     attn, found = structs[0].attn, stock(model, source.hf_config)
-    plans = [_plan(*part, dense) for part in structures(model, found)]
+    plans = [_plan(*part, arch, dense) for part in structures(model, found)]
     entries = [tensor.entry for plan in plans for tensor in plan]
     has_freqs = attn.rope.kind == "llama3"
     if has_freqs:
@@ -133,7 +142,8 @@ def write(source: ExportSource, out: Path, *, dense: str = "stored") -> list[str
 
     write_gguf(out / FILE, keys, entries, data())
     _check_tokenizer(out / FILE, tokenizer)
-    notes = [*_contents(out / FILE, entries, dense), *_losses(plans, losses)]
+    done = {t.entry.name: t.note for plan in plans for t in plan if t.note}
+    notes = [contents(out / FILE, entries), *changes(done, losses)]
     context = context_length(model.config, structs)
     if context < model.config.context_length:
         notes.append(
@@ -170,11 +180,11 @@ def _check_sites(block: Block, where: str) -> None:
         )
 
 
-def _plan(tree: Any, template: Any, dense: str) -> list[Planned]:
+def _plan(tree: Any, template: Any, arch: Architecture, dense: str) -> list[Planned]:
     """The tensors of a part of the model; reads none of them."""
     plan = []
     for name, params in stored_tensors(template).items():
-        shape, stored = stored_shape(params), to_gguf(name)
+        shape, stored = stored_shape(params), gguf_name(name, DIALECTS[arch.name])
         assert stored is not None, f"no GGUF name for {name}"
         kind, on_grid, note = _storage(gather(tree, params), shape, dense)
         transpose = any(param.transpose for param in params.values())
@@ -263,49 +273,3 @@ def _check_tokenizer(path: Path, tokenizer: "PreTrainedTokenizerFast") -> None:
                 f"{at} of {text[:40]!r}... on): GGUF cannot hold it; convert the exported hf "
                 "directory with llama.cpp's convert_hf_to_gguf.py instead"
             )
-
-
-def _contents(path: Path, entries: list[Entry], dense: str) -> Iterator[str]:
-    kinds = collections.Counter(entry.type for entry in entries)
-    counts = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
-    size = path.stat().st_size
-    yield f"{path.name} holds {len(entries)} tensors ({counts}) in {size / 1e6:.1f} MB."
-    floats = sum(e.nbytes for e in entries if e.type in FLOATS and len(e.shape) > 1)
-    if dense == "stored" and size > 2 * (size - floats):
-        smaller = "dense='F16' (half) and dense='Q8_0' (a quarter of F32)"
-        yield f"Dense matrices are {floats / 1e6:.1f} MB of it; {smaller} make them smaller."
-
-
-def _losses(plans: list[list[Planned]], losses: dict[str, Loss]) -> list[str]:
-    """What happened to which tensors, and the worst of it, in sentences."""
-    groups: dict[str, list[str]] = collections.defaultdict(list)
-    for tensor in itertools.chain.from_iterable(plans):
-        if tensor.note:
-            groups[tensor.note].append(tensor.entry.name)
-    notes = []
-    for note, names in groups.items():
-        worst = max(names, key=lambda name: losses[name].relative)
-        error = f"relative error up to {losses[worst].relative:.1e}, in {worst}"
-        notes.append(f"{', '.join(_folded(names))}: {note} ({error}).")
-    return notes
-
-
-def _folded(names: list[str]) -> list[str]:
-    """The names with the numbers of blocks drawn together: `blk.0-29.attn_q.weight`."""
-    found: dict[str, list[int]] = {}
-    for name in names:
-        number = re.search(r"(?<=^blk\.)\d+", name)
-        key = name if number is None else f"blk.*{name[number.end() :]}"
-        found.setdefault(key, []).extend([] if number is None else [int(number[0])])
-    return [name.replace("*", _ranges(numbers), 1) for name, numbers in found.items()]
-
-
-def _ranges(numbers: list[int]) -> str:
-    """`0-3,7` for 0, 1, 2, 3, 7."""
-    runs: list[list[int]] = []
-    for n in numbers:
-        if runs and n == runs[-1][-1] + 1:
-            runs[-1][1:] = [n]
-        else:
-            runs.append([n])
-    return ",".join("-".join(map(str, run)) for run in runs)

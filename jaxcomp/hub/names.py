@@ -33,11 +33,15 @@ class Architecture(NamedTuple):
       name: `general.architecture`.
       interleaved: RoPE turns neighbouring channels, so that rows of q and k are reordered.
       biases: it has the biases that the family may have.
+      tied: the embedding may be the head.
+      square: q makes as many channels as the residual stream has.
     """
 
     name: str
     interleaved: bool = False
     biases: bool = True
+    tied: bool = True
+    square: bool = False
 
 
 ARCHITECTURES = {  # family → architecture
@@ -45,6 +49,8 @@ ARCHITECTURES = {  # family → architecture
     "mistral": Architecture("llama", interleaved=True),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3", biases=False),
+    "olmo2": Architecture("olmo2", biases=False, tied=False, square=True),
+    "phi3": Architecture("phi3", square=True),
 }
 
 
