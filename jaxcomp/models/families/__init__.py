@@ -57,10 +57,10 @@ def template_of(
 
 def _family(hf_config: Mapping[str, Any]) -> ModuleType:
     known = {family.ARCHITECTURE: (name, family) for name, family in FAMILIES.items()}
-    found = hf_config.get("architectures") or [None]
-    if len(found) != 1 or found[0] not in known:
+    found = hf_config.get("architectures")
+    if not isinstance(found, list) or len(found) != 1 or found[0] not in list(known):
         raise ValueError(
-            f"config.json: architectures={hf_config.get('architectures')} is not supported; "
+            f"config.json: architectures={found} is not supported; "
             f"there is {', '.join(known)}"
         )
     name, family = known[found[0]]

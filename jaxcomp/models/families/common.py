@@ -53,7 +53,7 @@ def read_dense(
         )
     head_dim = fields.integer("head_dim", head_dim or d_model // n_heads)
     name = fields.get(*activation)
-    if name not in ACTIVATION_NAMES:
+    if name not in list(ACTIVATION_NAMES):  # a list compares, whatever type the config has
         raise ValueError(
             f"{fields.where}: {activation[0]}={name!r} is not supported; "
             f"there is {', '.join(ACTIVATION_NAMES)}"
