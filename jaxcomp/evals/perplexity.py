@@ -63,9 +63,9 @@ class Perplexity:
         """What reports call it: all that its numbers depend on, defaults left out."""
         words = (
             f"perplexity {pathlib.Path(self.text).name} @{self.context}",
+            self.through_cache and f"by {self.through_cache} through the cache",
             self.stride and f"stride {self.stride}",
             self.tokens and f"first {self.tokens}",
-            self.through_cache and f"by {self.through_cache} through the cache",
         )
         return " ".join(filter(None, words))
 

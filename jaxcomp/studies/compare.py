@@ -7,7 +7,14 @@ from typing import Any
 
 from jaxcomp import artefact
 from jaxcomp.report import Report, from_json, recipe_text
-from jaxcomp.studies.results import Line, Number, choose_numbers, facts_of, make_line
+from jaxcomp.studies.results import (
+    Line,
+    Number,
+    choose_numbers,
+    facts_of,
+    make_line,
+    named_now,
+)
 
 
 def compare_reports(
@@ -27,13 +34,14 @@ def compare_reports(
     evals: dict[str, dict[str, Any]] = {}
     lines, known = [], []
     for path, report in named:
-        evals |= report.evals_after
+        evals |= named_now(report.evals_after, report.recipe)
         labels = {"method": recipe_text(report.recipe)}
         if len(models) > 1:
             labels = {"model": report.source} | labels
-        if report.evals_before and (key := (report.source, report.evals_before)) not in known:
+        before = named_now(report.evals_before, report.recipe)
+        if before and (key := (report.source, before)) not in known:
             known.append(key)
-            itself = {"evals": report.evals_before, "sizes": {}}
+            itself = {"evals": before, "sizes": {}}
             lines.insert(len(known) - 1, make_line(f"{report.source} itself", [itself]))
         lines.append(make_line(path, [facts_of(report)], labels=labels))
     notes = []

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from jaxcomp.recipe import recipe_from_json
 from jaxcomp.report import Report, step_seconds
 
 Evals = Mapping[str, Mapping[str, Any]]  # name of the evaluation → name of the number → number
@@ -68,10 +69,30 @@ def choose_numbers(show: Iterable[str], evals: Evals) -> list[Number]:
     return found
 
 
+def named_now(evals: Evals, recipe: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Numbers of an older report under the names that the evaluations of its recipe have now.
+
+    Names used to leave out settings that now stand at their end. Of evaluations that had one name,
+    the last overwrote the others. What this version cannot read keeps its name.
+    """
+    try:
+        evaluations = {"class": "Recipe", "evals": recipe.get("evals", [])}
+        names = [evaluation.name for evaluation in recipe_from_json(evaluations).evals]
+    except (ValueError, TypeError):
+        return dict(evals)
+
+    now = {}
+    for name in (name for name in names if name not in evals):
+        starts = [old for old in evals if name.startswith(f"{old} ") and old not in names]
+        if starts:
+            now[max(starts, key=len)] = name
+    return {now.get(name, name): numbers for name, numbers in evals.items()}
+
+
 def facts_of(report: Report) -> dict[str, Any]:
     """What a table shows of a report, as JSON values."""
     return {
-        "evals": report.evals_after,
+        "evals": named_now(report.evals_after, report.recipe),
         "sizes": report.sizes,
         "seconds": report.seconds,
         "compression_seconds": step_seconds(report),

@@ -31,7 +31,7 @@ from jaxcomp.recipe import Recipe, fingerprint, recipe_to_json
 from jaxcomp.report import environment, from_json, sizes
 from jaxcomp.studies.grid import PlannedRun, check_place, one_line, open_model, planned_runs
 from jaxcomp.studies.output import headline, print_study, write_study, write_text
-from jaxcomp.studies.results import choose_numbers, facts_of
+from jaxcomp.studies.results import choose_numbers, facts_of, named_now
 from jaxcomp.studies.study import Study, chosen
 
 KEPT = ("report.json", "report.html", "recipe.json")  # of a dropped artefact; pictures as well
@@ -179,7 +179,8 @@ def _before(
         found["evaluation_seconds"] = time.perf_counter() - start
         place.parent.mkdir(parents=True, exist_ok=True)
         write_text(place, json.dumps(found))
-    return json.loads(place.read_text())
+    found = json.loads(place.read_text())
+    return found | {"evals": named_now(found["evals"], recipe_to_json(recipe))}
 
 
 def _found(run: PlannedRun, errors: dict[tuple, str], out: pathlib.Path) -> dict[str, Any]:

@@ -95,3 +95,5 @@ def test_the_name_tells_apart_what_gives_other_numbers():
         Perplexity(stride=512, tokens=99).name == "perplexity wiki_eval @1024 stride 512 first 99"
     )
     assert Perplexity(batch=4).name == Perplexity().name
+    cached = Perplexity(through_cache=8, tokens=99)
+    assert cached.name == "perplexity wiki_eval @1024 by 8 through the cache first 99"

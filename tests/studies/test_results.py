@@ -1,0 +1,45 @@
+import json
+
+from jaxcomp.evals import Cost, Perplexity
+from jaxcomp.recipe import Recipe, recipe_to_json
+from jaxcomp.report import Report, to_json
+from jaxcomp.studies import compare_reports
+from jaxcomp.studies.results import named_now
+
+SHORT, LONG = Perplexity("a.txt", tokens=99), Perplexity("a.txt", tokens=99, through_cache=8)
+
+
+def recipe(*evals):
+    return recipe_to_json(Recipe(evals=evals))
+
+
+def test_numbers_of_an_older_report_get_the_names_of_today():
+    old = {
+        "perplexity a.txt @1024": {"perplexity": 9.0},
+        "perplexity a.txt @1024 by 8 through the cache": {"perplexity": 8.0},
+        "cost": {"bytes": 1},
+    }
+    now = named_now(old, recipe(SHORT, LONG, Cost()))
+    assert list(now) == [SHORT.name, LONG.name, "cost"]
+    assert list(now.values()) == list(old.values()) and named_now(now, recipe(SHORT, LONG)) == now
+
+
+def test_of_evaluations_that_had_one_name_the_last_is_what_is_there():
+    first, last = Perplexity("a.txt", tokens=5), Perplexity("a.txt", stride=8)
+    (name,) = named_now({"perplexity a.txt @1024": {}}, recipe(first, last))
+    assert name == last.name
+
+
+def test_what_cannot_be_read_keeps_its_name():
+    old = {"perplexity a.txt @1024": {}, "taste": {}}
+    assert named_now(old, {"evals": [{"class": "Taste"}]}) == old == named_now(old, {})
+
+
+def test_an_old_report_and_a_new_one_share_a_column(tmp_path):
+    for file, name in (("old.json", "perplexity a.txt @1024"), ("new.json", SHORT.name)):
+        numbers = {name: {"perplexity": 9.0}}
+        report = Report("m", recipe(SHORT), evals_before=numbers, evals_after=numbers)
+        (tmp_path / file).write_text(json.dumps(to_json(report)))
+    lines, numbers, _ = compare_reports([tmp_path / "old.json", tmp_path / "new.json"])
+    assert len(numbers) == 1 and len(lines) == 3
+    assert all(line.values[numbers[0]] == (9.0,) for line in lines)
