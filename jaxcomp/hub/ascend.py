@@ -15,8 +15,9 @@ Source: msModelSlim's description of AscendV1, the loaders of vllm-ascend, torch
 `npu_kronecker_quant`. `clip_ratio` is the ratio itself, as the kernel wants it, not its logit.
 """
 
+import itertools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,7 +106,7 @@ def write(
     write_json(out / DESCRIPTION, head | dict(sorted(types.items())))
     write_json(out / "config.json", with_dtype(found.config, kept))
     copy_companions(source, out)
-    return _notes(source.model, types, gaps)
+    return _notes(source.model, gaps)
 
 
 def _layout(
@@ -222,11 +223,12 @@ def one_ratio(quantizer: ActQuantizer, how: ClipRatio, where: str) -> tuple[floa
     return mean, abs(high - low) / 2
 
 
-def _notes(model: Decoder, types: dict[str, str], gaps: dict[str, float]) -> list[str]:
-    count = Counter(kind for name, kind in types.items() if name.endswith(".weight"))
+def _notes(model: Decoder, gaps: dict[str, float]) -> list[str]:
+    linears = list(itertools.chain.from_iterable(_linears(block) for block in model.blocks))
+    count = Counter(kind for kind, _ in linears)
     told = ", ".join(f"{n} {kind}" for kind, n in count.items())
-    notes = [f"Weights by type: {told}. The files were checked against the layout, on no NPU."]
-    if narrow := sum(_narrow(block_struct(block)) for block in model.blocks):
+    notes = [f"Linears by type: {told}. The files were checked against the layout, on no NPU."]
+    if narrow := sum(bits < 8 for kind, bits in linears if kind in (W8A16, W8A8)):
         notes.append(
             f"{narrow} weights of fewer than 8 bits are stored in 8, as no type for their inputs "
             "is narrower; what is computed is the same."
@@ -239,8 +241,10 @@ def _notes(model: Decoder, types: dict[str, str], gaps: dict[str, float]) -> lis
     return notes
 
 
-def _narrow(block: Block) -> int:
-    """Weights that a type of 8 bits holds with fewer."""
-    kinds, linears = site_types(block), anatomy(block).linears
-    wide: Iterable[str] = (path for path, site in linears.items() if kinds[site] in (W8A16, W8A8))
-    return sum(get_at(block, path).w.bits < 8 for path in wide)
+def _linears(block: Any) -> Iterator[tuple[str, int]]:
+    """Type and bits of every linear of a block, 0 for a dense one."""
+    block = block_struct(block)
+    kinds = site_types(block)
+    for path, site in anatomy(block).linears.items():
+        w = get_at(block, path).w
+        yield kinds[site], w.bits if isinstance(w, QTensor) else 0
