@@ -35,7 +35,7 @@ demo: $(VENV)/.core  ## Four bits everywhere: plain rounding beside FlatQuant, o
 	$(BIN)/jaxcomp generate $(DEMO) --prompt "$(PROMPT)" --max-tokens 24
 	$(BIN)/jaxcomp compare $(DEMO)-rtn $(DEMO) $(LONG)
 	@echo "the last row is the long recipe, configs/smollm2_flatquant_w4a4kv4.py, as measured earlier"
-	@echo "channels before and after: $(DEMO)/flatness.png; errors along depth: $(DEMO)/depth.png"
+	@echo "the whole run as a page: $(DEMO)/report.html; channels before and after: $(DEMO)/flatness.png"
 
 test: $(VENV)/.dev  ## Run the tests (PYTEST_ARGS="-n 2" by default)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
