@@ -18,7 +18,7 @@ TOKENS = np.asarray(tiny.tokens(jax.random.key(1), 5, 16))
 
 def naive_nll(model, tokens):
     """−log softmax of the full forward at the next token, float64."""
-    logits = np.asarray(forward(model, tokens), np.float64)[:, :-1]
+    logits = np.asarray(jax.jit(forward)(model, tokens), np.float64)[:, :-1]
     highest = logits.max(-1, keepdims=True)
     log_sum = np.log(np.exp(logits - highest).sum(-1)) + highest[..., 0]
     return log_sum - np.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
