@@ -31,6 +31,7 @@ from jaxcomp.models.stream import Hidden, block_step, embed_batches, run_blocks,
 from jaxcomp.solvers.clipping import search_range
 
 By = Literal["linear", "site", "block"]
+TOGETHER = 4  # probes whose predictions are compared with the original's in one walk
 
 
 class Reference(NamedTuple):
@@ -92,7 +93,7 @@ def measure(
                 key: step_batches(there, hidden, place=step.place)
                 for key, hidden in streams.items()
             }
-        return step.block, {"": {key: _price(known(), hidden) for key, hidden in streams.items()}}
+        return step.block, {"": _prices(known(), streams)}
 
     return blockwise(name, model, calib, visit, "original", run)
 
@@ -185,10 +186,19 @@ def _reference(model: Decoder, calib: Calibration) -> Reference:
     return Reference(open_head(model), run_blocks(model, hidden), [t[:, 1:] for t in tokens])
 
 
-def _price(known: Reference, hidden: Hidden) -> float:
-    total, count = 0.0, 0
-    for x, y, targets in zip(known.final, hidden, known.targets, strict=True):
-        gap = next_token_gap(known.head, known.head, x[:, :-1], y[:, :-1], targets)
-        total += float(jnp.sum(gap.kl))
-        count += targets.size
-    return total / count
+def _prices(known: Reference, streams: dict[str, Hidden]) -> dict[str, float]:
+    """Mean KL of every stream; the teacher's logits serve `TOGETHER` streams at a time."""
+    names, totals = list(streams), dict.fromkeys(streams, 0.0)
+    for b, (x, targets) in enumerate(zip(known.final, known.targets, strict=True)):
+        for start in range(0, len(names), TOGETHER):
+            group = names[start : start + TOGETHER]
+            spare = [group[-1]] * (TOGETHER - len(group))  # one shape, one compilation
+            y = np.stack([streams[name][b][:, :-1] for name in group + spare])
+            gaps = _gaps(known.head, known.head, x[:, :-1], y, targets)
+            for name, kl in zip(group, gaps.kl, strict=False):
+                totals[name] += float(jnp.sum(kl))
+    count = sum(targets.size for targets in known.targets)
+    return {name: total / count for name, total in totals.items()}
+
+
+_gaps = jax.jit(jax.vmap(next_token_gap, in_axes=(None, None, None, 0, None)))
