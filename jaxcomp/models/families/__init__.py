@@ -60,8 +60,7 @@ def _family(hf_config: Mapping[str, Any]) -> ModuleType:
     found = hf_config.get("architectures")
     if not isinstance(found, list) or len(found) != 1 or found[0] not in list(known):
         raise ValueError(
-            f"config.json: architectures={found} is not supported; "
-            f"there is {', '.join(known)}"
+            f"config.json: architectures={found} is not supported; there is {', '.join(known)}"
         )
     name, family = known[found[0]]
     if hf_config.get("model_type", name) != name:
