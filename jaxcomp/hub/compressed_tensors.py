@@ -194,8 +194,8 @@ def _notes(what: Plan) -> list[str]:
         half, qmax = (2**act.bits - 1) / 2, act.qmax
         notes.append(
             f"Inputs of {act.bits} bits: the format leaves open which scale goes with a range. "
-            f"transformers divides the largest magnitude by {half}, this library and vLLM's int8 "
-            f"kernels by {qmax}; act_clip={qmax / half:.6g} here gives the scales of transformers."
+            f"transformers divides the largest magnitude by {half}, this library by {qmax}; "
+            f"act_clip={qmax / half:.6g} in a recipe simulates the former."
         )
     if what.rotations:
         notes.append(
@@ -204,8 +204,8 @@ def _notes(what: Plan) -> list[str]:
         )
     if what.kv_cache is not None:
         notes.append(
-            "Static grids of keys and values are in kv_cache_scheme, k_scale and v_scale; neither "
-            "vLLM, whose caches are float, nor transformers 5.24 applies integer ones: there the "
-            "cache stays unquantized."
+            "kv_cache_scheme, k_scale and v_scale hold the static grids of keys and values: "
+            "transformers 5.24 does not apply them, vLLM's caches are float and it refuses others "
+            "than symmetric ones of 8 bits."
         )
     return notes

@@ -108,7 +108,8 @@ def parts(source: ExportSource) -> Iterator[Any]:
     Raises:
       ValueError: the transforms of queries and keys do not cancel.
     """
-    return itertools.chain([source.model.replace(blocks=())], _with_plain_scores(source.blocks()))
+    blocks = map(_checked, itertools.count(), source.blocks())
+    return itertools.chain([source.model.replace(blocks=())], blocks)
 
 
 def plain_entry(
@@ -146,14 +147,13 @@ def _quantized(part: Any, params: Iterable[str]) -> bool:
     return any(isinstance(get_at(part, path), QTensor) for path in params)
 
 
-def _with_plain_scores(blocks: Iterable[Block]) -> Iterator[Block]:
-    for i, block in enumerate(blocks):
-        if not keeps_scores(block):
-            raise ValueError(
-                f"block {i}: the transforms of query and k_cache do not cancel, and no class of "
-                "other libraries has a place for them"
-            )
-        yield block
+def _checked(index: int, block: Block) -> Block:
+    if not keeps_scores(block):
+        raise ValueError(
+            f"block {index}: the transforms of query and k_cache do not cancel, and no class of "
+            "other libraries has a place for them"
+        )
+    return block
 
 
 def _notes(model: Decoder, dtype: np.dtype) -> list[str]:

@@ -55,9 +55,12 @@ def write_shards(
         )
         for file in dict.fromkeys(homes.values())
     }
-    for layout, part in zip(layouts, parts, strict=True):
+    parts = iter(parts)
+    for layout in layouts:
+        part = next(parts)
         for name, entry in layout.items():
             files[homes[name]].write(name, entry.make(part))
+        del part  # before the next one is read
     for file in files.values():
         file.finish()
     if len(files) > 1:

@@ -37,7 +37,9 @@ def stock(model: Decoder, hf_config: Mapping[str, Any]) -> Stock:
     Raises:
       ValueError: no stock class computes this; the message names the first place that differs.
     """
-    config, structs = dict(hf_config), [block_struct(block) for block in model.blocks]
+    # What is quantized is said by the tree, and by the writer of a format.
+    config = {k: v for k, v in hf_config.items() if k != "quantization_config"}
+    structs = [block_struct(block) for block in model.blocks]
     if len(structs) != config.get("num_hidden_layers"):
         config |= _depth(config, structs)
     template = _template(config)

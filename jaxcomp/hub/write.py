@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxcomp.core.files import read_sealed, sha256_file, write_sealed
 from jaxcomp.core.tensorfile import TensorFile
-from jaxcomp.models.decoder import Block, Decoder, iter_blocks
+from jaxcomp.models.decoder import Block, Decoder, load_block
 
 CHECKSUMS = "checksums.json"
 FORMAT, VERSION = "jaxcomp-export", 1
@@ -38,18 +38,18 @@ class ExportSource:
       hf_config: the `config.json` it came from.
       tokenizer: a directory with the tokenizer's files and nothing else.
       files: what else a Hugging Face directory has beside the weights, terms of use among it.
-      each: what the blocks are drawn through, for a progress bar.
+      each: what the blocks or their handles are drawn through, for a progress bar.
     """
 
     model: Decoder
     hf_config: dict[str, Any]
     tokenizer: Path
     files: dict[str, Path]
-    each: Callable[[Iterable[Block]], Iterator[Block]] = iter
+    each: Callable[[Iterable[Any]], Iterator[Any]] = iter
 
     def blocks(self) -> Iterator[Block]:
-        """The blocks in order, each in memory only while it is looked at."""
-        return self.each(iter_blocks(self.model))
+        """The blocks in order, each in memory only while its user holds it."""
+        return map(load_block, self.each(self.model.blocks))
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
