@@ -40,14 +40,14 @@ def test_smoothing_divides_the_range_between_activation_and_weight_as_alpha_says
 
 def test_flatquants_start_is_the_inverse_of_smoothing():
     x, w = amaxes()
-    np.testing.assert_allclose(flatquant_scale(x, w), 1 / smoothing_scale(x, w, 0.3), rtol=1e-4)
-    assert flatquant_scale(jnp.ones(3), jnp.zeros(3)) == pytest.approx(FLOOR)
+    np.testing.assert_allclose(flatquant_scale(x, w, 0.3), 1 / smoothing_scale(x, w, 0.3), rtol=1e-4)
+    assert flatquant_scale(jnp.ones(3), jnp.zeros(3), 0.3) == pytest.approx(FLOOR)
 
 
 def test_dead_channels_get_finite_positive_scales():
     zeros, ones = jnp.zeros(4), jnp.ones(4)
     for x, w in [(zeros, ones), (ones, zeros), (zeros, zeros)]:
-        for s in (smoothing_scale(x, w, 0.5), flatquant_scale(x, w), awq_scale(x, 0.5)):
+        for s in (smoothing_scale(x, w, 0.5), flatquant_scale(x, w, 0.3), awq_scale(x, 0.5)):
             assert np.isfinite(s).all() and (np.asarray(s) > 0).all()
 
 
