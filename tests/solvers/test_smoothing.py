@@ -40,7 +40,9 @@ def test_smoothing_divides_the_range_between_activation_and_weight_as_alpha_says
 
 def test_flatquants_start_is_the_inverse_of_smoothing():
     x, w = amaxes()
-    np.testing.assert_allclose(flatquant_scale(x, w, 0.3), 1 / smoothing_scale(x, w, 0.3), rtol=1e-4)
+    np.testing.assert_allclose(
+        flatquant_scale(x, w, 0.3), 1 / smoothing_scale(x, w, 0.3), rtol=1e-4
+    )
     assert flatquant_scale(jnp.ones(3), jnp.zeros(3), 0.3) == pytest.approx(FLOOR)
 
 
