@@ -1,7 +1,8 @@
 """GPTQ of SmolLM2-135M per channel, in as many bits as uniform W4, which AutoBits spends by site.
 
 Run: jaxcomp compress demo:smollm2 configs/smollm2_autobits_gptq_w4.py --out OUT
-Expect: not measured yet.
+Expect: perplexity 24.40, worse than the 23.97 of uniform W4 at the same 4.05 bits: prices are
+those of rounding, and GPTQ makes other linears dear (2026-11-25, 2 CPU cores, jax 0.10.2).
 """
 
 from jaxcomp import GPTQ, AutoBits, CalibSpec, Perplexity, QuantSpec, Recipe

@@ -271,7 +271,7 @@ def test_more_bits_come_closer_to_the_original_and_eight_come_close(family, meth
         check_weights(result, bits)
         check_rest(result.model, model_of(family), REWRITES.get(method, ()))
     # 8-bit steps are about 1 % of a weight; a range fixed on 128 tokens cuts some later ones.
-    assert errors[8] < (1e-2 if "static" in setting else 2e-3)
+    assert errors[8] < (1e-2 if "static" in setting else 3e-3)
     assert errors[8] < errors[4] < errors[2]
 
 
