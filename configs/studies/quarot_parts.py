@@ -6,8 +6,8 @@ ranges of activations to 0.9 and those of the cache to 0.95 (arXiv 2404.00456).
 
 The cache costs 420 against 371 (means), clip ratios save more, 314, and Hadamard or orthogonal
 makes no difference that three seeds show. The residual stream alone is not enough, 4,479. With the
-weights left alone it is 35.1: rounding rotated weights to nearest is what fails here, and GPTQ mends
-that to 44 (2026-11-25, 2 CPU cores, jax 0.10.2; dense 20.12).
+weights left alone it is 35.1: rounding rotated weights to nearest is what fails here, and GPTQ
+mends that to 44 (2026-11-25, 2 CPU cores, jax 0.10.2; dense 20.12).
 
 Run: jaxcomp study configs/studies/quarot_parts.py --out OUT
 """
