@@ -3,6 +3,7 @@
 Functions that take JAX arrays take numpy's as well, so for the checks `Array` is either.
 """
 
+import itertools
 import pathlib
 
 import jax
@@ -41,12 +42,27 @@ jaxtyping.install_import_hook(list(NUMERIC), "beartype.beartype")
 
 
 MAPS = pathlib.Path("/proc/self/maps")
-MANY = 20_000  # Linux allows 65,530 mappings; every compiled program takes a few, for good
+MANY, MOST = 20_000, 40_000  # Linux allows 65,530 mappings; each compiled program keeps a few
+EVERY = 10  # tests between two looks: to count takes milliseconds
+TESTS = itertools.count()
+
+
+def mappings() -> int:
+    """Memory mappings of this process; 0 where the system does not tell."""
+    return MAPS.read_bytes().count(b"\n") if MAPS.exists() else 0
 
 
 @pytest.fixture(scope="module", autouse=True)
 def few_mappings():
     """Drops compiled programs before the process runs out of memory mappings and is killed."""
     yield
-    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY:
+    if mappings() > MANY:
+        jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def not_too_many_mappings():
+    """The same inside a long module, whose programs are kept as long as may be."""
+    yield
+    if next(TESTS) % EVERY == 0 and mappings() > MOST:
         jax.clear_caches()
