@@ -1,7 +1,23 @@
 """Kernels for compressed models. Arrays in, arrays out; depends on jax alone."""
 
-from pallas_kernels.kron_matmul import kron_matmul
+from pallas_kernels.dispatch import use
+from pallas_kernels.grouped_quant_matmul import grouped_quant_matmul
+from pallas_kernels.hadamard import hadamard
+from pallas_kernels.kron_matmul import kron_matmul, kron_quantize
+from pallas_kernels.quant_decode_attention import quant_decode_attention
 from pallas_kernels.quant_matmul import quant_matmul
 from pallas_kernels.quant_matmul_int import quant_matmul_int
+from pallas_kernels.weight import Weight, canonical_weight
 
-__all__ = ["kron_matmul", "quant_matmul", "quant_matmul_int"]
+__all__ = [
+    "Weight",
+    "canonical_weight",
+    "grouped_quant_matmul",
+    "hadamard",
+    "kron_matmul",
+    "kron_quantize",
+    "quant_decode_attention",
+    "quant_matmul",
+    "quant_matmul_int",
+    "use",
+]

@@ -1,19 +1,122 @@
-"""Choose an implementation: the first that does not refuse the device or the shape.
+"""Choose an implementation: the first of the chip's that does not refuse the call.
 
-An implementation refuses with `NotImplementedError`; every other error is the caller's or ours and
-passes through. The reference is always last and refuses nothing.
+An operation lists, by platform, the modules of its package that implement it, fastest first; each
+has a function of the operation's name. One refuses with `NotImplementedError` and a reason, which
+is logged once; every other error is the caller's or ours and passes through. The reference, plain
+jnp, is always last and refuses nothing.
+
+The chip is that of JAX's default device, at the time of tracing. `use` replaces it, to compile for
+a chip that is not there, and forces the reference or an interpreter. As a compiled function does
+not know which setting it was traced under, `use` drops all of them whenever it changes anything.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+import dataclasses
+import functools
+import importlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 
-def first_supported(implementations: Sequence[Callable], *args: Any, **kwargs: Any) -> Any:
-    """The result of the first implementation that takes these arguments."""
-    refusals = []
-    for implementation in implementations:
+from pallas_kernels.chips import CHIPS, Chip, default_chip
+
+log = logging.getLogger(__name__)
+Implementations = Mapping[str, tuple[str, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What `use` says; None and False leave the choice to the device."""
+
+    chip: str | None = None
+    reference: bool = False
+    interpret: Any = False
+
+
+_setting = Setting()
+
+
+@contextlib.contextmanager
+def use(chip: str | None = None, *, reference: bool = False, interpret: Any = False) -> Iterator:
+    """Chooses implementations otherwise than by the default device, for all threads.
+
+    Args:
+      chip: a name in `CHIPS`.
+      reference: plain jnp for everything.
+      interpret: what `pl.pallas_call` takes, handed to every kernel of a TPU; for a GPU see
+        `plgpu.force_gpu_interpret_mode`.
+
+    Raises:
+      ValueError: an unknown chip.
+    """
+    global _setting
+    if chip is not None and chip not in CHIPS:
+        raise ValueError(f"chip={chip!r} is unknown; use one of {', '.join(CHIPS)}")
+    before, _setting = _setting, Setting(chip, reference, interpret)
+    if _setting != before:
+        jax.clear_caches()
+    try:
+        yield
+    finally:
+        if _setting != before:
+            jax.clear_caches()
+        _setting = before
+
+
+def current_chip() -> Chip:
+    """The chip that kernels are chosen for."""
+    return CHIPS[_setting.chip] if _setting.chip else default_chip()
+
+
+def first_supported(
+    package: str,
+    implementations: Implementations,
+    reference: Callable,
+    *args: Any,
+    function: str | None = None,
+    **static: Any,
+) -> Any:
+    """The result of the first implementation that takes these arguments.
+
+    Args:
+      package: of the operation, as in `pallas_kernels.quant_matmul`.
+      implementations: platform → names of its modules.
+      reference: differentiated in place of an implementation, which has no gradient of its own.
+      *args: pytrees of arrays.
+      function: its name in a module; None for that of the operation.
+      **static: the rest; an implementation also gets `chip` and `interpret`.
+    """
+    op = function or package.rpartition(".")[2]
+    chip = current_chip()
+    names = () if _setting.reference else implementations.get(chip.platform, ())
+    for name in names:
+        module = importlib.import_module(f"{package}.{name}")
+        f = functools.partial(
+            getattr(module, op), **static, chip=chip, interpret=_setting.interpret
+        )
         try:
-            return implementation(*args, **kwargs)
+            return with_gradient(f, functools.partial(reference, **static))(*args)
         except NotImplementedError as refusal:
-            refusals.append(f"{implementation.__module__}: {refusal}")
-    raise NotImplementedError("no implementation takes this call:\n" + "\n".join(refusals))
+            _tell_once(f"{op}: {module.__name__} does not take this call ({refusal})")
+    return reference(*args, **static)
+
+
+def with_gradient(implementation: Callable, reference: Callable) -> Callable:
+    """`implementation` with the gradient of `reference`; both take pytrees of arrays alone."""
+
+    @jax.custom_vjp
+    def f(*args):
+        return implementation(*args)
+
+    def backward(args: tuple, cotangent: Any) -> tuple:
+        return jax.vjp(reference, *args)[1](cotangent)
+
+    f.defvjp(lambda *args: (f(*args), args), backward)
+    return f
+
+
+@functools.cache
+def _tell_once(message: str) -> None:
+    log.info(message)

@@ -9,13 +9,18 @@ from jaxcomp.core.activation import QActivation
 from jaxcomp.core.quantize import QTensor
 from jaxcomp.core.struct import node
 from pallas_kernels import quant_matmul, quant_matmul_int
+from pallas_kernels.weight import Weight, canonical_weight
 
 
 @node
 class Linear:
-    """`y = x @ w + b`, with `w` `[*experts, in_ch, out_ch]` dense or quantized, `b` `[out_ch]`."""
+    """`y = x @ w + b`, with `w` `[*experts, in_ch, out_ch]`, `b` `[out_ch]`.
 
-    w: Float[Array, "*experts in_ch out_ch"] | QTensor
+    A quantized `w` is a `QTensor`, or the form of it that `models.execution.prepare` made for the
+    kernels of a chip.
+    """
+
+    w: Float[Array, "*experts in_ch out_ch"] | QTensor | Weight
     b: Float[Array, " out_ch"] | None = None
 
 
@@ -33,8 +38,8 @@ def linear(
     """
     if isinstance(x, QActivation):
         y = _integer_product(p.w, x)
-    elif isinstance(p.w, QTensor):
-        y = quant_matmul(x, p.w.packed, p.w.scale, p.w.zero_point, p.w.bits, jnp.float32)
+    elif isinstance(p.w, QTensor | Weight):
+        y = quant_matmul(x, weight_of(p.w), jnp.float32)
     else:
         y = _dense_product(x, p.w)
     if p.b is not None:
@@ -49,11 +54,18 @@ def _dense_product(x: Array, w: Array) -> Array:
     return y.reshape(*x.shape[:-1], w.shape[-1])
 
 
-def _integer_product(w: Array | QTensor, x: QActivation) -> Float[Array, "*tokens out_ch"]:
-    if not isinstance(w, QTensor):
+def weight_of(w: QTensor | Weight) -> Weight:
+    """The weight as kernels take it."""
+    if isinstance(w, Weight):
+        return w
+    return canonical_weight(w.packed, w.scale, w.zero_point, w.bits, w.in_ch)
+
+
+def _integer_product(w: Array | QTensor | Weight, x: QActivation) -> Float[Array, "*tokens out_ch"]:
+    if not isinstance(w, QTensor | Weight):
         raise ValueError(
             f"the activation is codes and the weight {w.shape} is dense; "
             "quantize it, or leave `integer` of the site's quantizer off"
         )
     scale, zero = (None if a is None else jnp.atleast_1d(a) for a in (x.scale, x.zero_point))
-    return quant_matmul_int(x.codes, scale, zero, w.packed, w.scale, w.zero_point, w.bits)
+    return quant_matmul_int(x.codes, scale, zero, weight_of(w))

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int8, UInt8
 
 from jaxcomp.core.struct import node, static, static_value
 from pallas_kernels.packing import pack, unpack
-from pallas_kernels.quant_matmul.reference import dequantize as dequantize_codes
+from pallas_kernels.weight import dequantize_codes
 
 Granularity = Literal["tensor", "channel", "token", "head"]
 MIN_SCALE = 1e-12  # a constant-zero group gets this step; its codes are 0 all the same

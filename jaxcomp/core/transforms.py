@@ -11,14 +11,11 @@ with two functions, because x W = (x T)(T⁻¹ W) and T⁻¹ W = (Wᵀ T⁻ᵀ)�
 import functools
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from jaxcomp.core.hadamard import hadamard_base, hadamard_matrix, no_hadamard
 from jaxcomp.core.struct import node, static
-from pallas_kernels import kron_matmul
-
-DENSE = 128  # order up to which a Sylvester matrix is one product
+from pallas_kernels import hadamard, kron_matmul
 
 
 @node
@@ -80,20 +77,9 @@ def _(t: Kron, x: Array) -> Array:
 
 @transform.register
 def _(t: Hadamard, x: Array) -> Array:
-    run = t.order * t.inner
-    if x.shape[-1] % run:
-        raise ValueError(f"{x.shape[-1]} channels are not whole runs of {t.order}·{t.inner}")
-    # In bfloat16 the entries 1/√order are off by up to 0.2 %, and every factor would round again.
-    y = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, run)
-    inner = run
-    for factor in _factors(t.order):
-        # The factor's axis stands before `inner` channels, whatever stands before it.
-        inner //= len(factor)
-        part = jnp.asarray(factor / np.sqrt(len(factor)), jnp.float32)
-        left, right = (part, None) if inner > 1 else (None, part)
-        rows = y.reshape(*x.shape[:-1], -1, len(factor) * inner)
-        y = kron_matmul(rows, left, right)
-    return y.reshape(x.shape).astype(x.dtype)
+    base = hadamard_base(t.order)
+    factor = None if base == 1 else hadamard_matrix(base)
+    return hadamard(x, factor, (t.order // base).bit_length() - 1, t.inner)
 
 
 @functools.singledispatch
@@ -152,15 +138,3 @@ def transform_columns(
 ) -> Float[Array, "*in_ch out_ch"]:
     """W T, also for a bias."""
     return transform(t, w)
-
-
-def _factors(order: int) -> list[np.ndarray]:
-    """Small Hadamard matrices whose Kronecker product is `hadamard_matrix(order)`."""
-    base = hadamard_base(order)
-    factors = [] if base == 1 else [hadamard_matrix(base)]
-    rest = order // base
-    while rest > 1:
-        part = min(rest, DENSE)
-        factors.append(hadamard_matrix(part))
-        rest //= part
-    return factors

@@ -1,33 +1,34 @@
 """`quant_matmul`: activations times a packed, group-quantized weight."""
 
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int8, UInt8
+from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import first_supported
 from pallas_kernels.quant_matmul import reference
+from pallas_kernels.weight import Weight
 
-IMPLEMENTATIONS = (reference.quant_matmul,)  # fastest first, the reference last
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {}  # platform → modules, fastest first
 
 
 def quant_matmul(
-    x: Float[Array, "*tokens in_ch"],
-    packed: UInt8[Array, "bytes out_ch"],
-    scale: Float[Array, "groups cols"],
-    zero_point: Int8[Array, "groups cols"] | None,
-    bits: int,
-    out_dtype: DTypeLike | None = None,
+    x: Float[Array, "*tokens in_ch"], w: Weight, out_dtype: DTypeLike | None = None
 ) -> Float[Array, "*tokens out_ch"]:
-    """``x @ ((q − z) · s)`` with `q` unpacked from `packed` (see `pallas_kernels.packing`).
+    """``x @ ((q − z) · s)``.
 
     Args:
       x: activations, any float dtype.
-      packed: codes of 2..8 bits, a little-endian bit stream along `in_ch`.
-      scale: step size; `groups` divides `in_ch` and `cols` is `out_ch` or 1.
-      zero_point: code of 0.0 with the shape of `scale`; None when symmetric.
-      bits: width of a code.
+      w: a weight without experts, in the canonical form or the one that `prepare` gave.
       out_dtype: dtype of the product; None for that of `x`.
 
     Returns:
-      The product, accumulated in float32.
+      The product, accumulated in float32. The reference rounds `w` to the dtype of `x` first; a
+      kernel may instead scale the sums of the groups.
+
+    Raises:
+      ValueError: `x` has not the weight's input channels, or the weight has experts.
     """
-    return first_supported(IMPLEMENTATIONS, x, packed, scale, zero_point, bits, out_dtype)
+    if len(w.shape) != 2 or x.shape[-1] != w.in_ch:
+        raise ValueError(f"activations {x.shape} do not fit a weight of shape {w.shape}")
+    return first_supported(
+        __name__, IMPLEMENTATIONS, reference.quant_matmul, x, w, out_dtype=out_dtype or x.dtype
+    )

@@ -11,26 +11,24 @@ single row into a naive loop: one row is therefore made two. int4 × int4 does n
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int8, Int32, UInt8
+from jaxtyping import Array, Float, Int8, Int32
 
-from pallas_kernels.packing import unpack
+from pallas_kernels.weight import Weight, codes_of, grid_of
 
 
 def quant_matmul_int(
     codes: Int8[Array, "*tokens in_ch"],
     code_scale: Float[Array, "*#tokens 1"],
     code_zero: Int8[Array, "*#tokens 1"] | None,
-    packed: UInt8[Array, "bytes out_ch"],
-    scale: Float[Array, "groups cols"],
-    zero_point: Int8[Array, "groups cols"] | None,
-    bits: int,
-    out_dtype: DTypeLike = jnp.float32,
+    weight: Weight,
+    out_dtype: DTypeLike,
 ) -> Float[Array, "*tokens out_ch"]:
     """See `pallas_kernels.quant_matmul_int.quant_matmul_int`."""
     *tokens, in_ch = codes.shape
-    groups, out_ch = scale.shape[-2], packed.shape[-1]
+    groups, out_ch = weight.groups, weight.out_ch
+    scale, zero_point = grid_of(weight)
     x = codes.reshape(-1, groups, in_ch // groups).swapaxes(0, 1)
-    w = unpack(packed, bits, in_ch).reshape(groups, in_ch // groups, out_ch)
+    w = codes_of(weight).reshape(groups, in_ch // groups, out_ch)
     x_zero = None
     if code_zero is not None:
         x_zero = jnp.broadcast_to(code_zero, (*tokens, 1)).reshape(-1, 1)

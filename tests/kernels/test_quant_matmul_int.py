@@ -1,15 +1,12 @@
-import importlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import quant_matmul_int
+from pallas_kernels import canonical_weight, quant_matmul_int
 from pallas_kernels.packing import pack
 from pallas_kernels.quant_matmul_int.reference import integer_product
 
-op = importlib.import_module("pallas_kernels.quant_matmul_int")  # the name is also the function
 IN, OUT = 24, 7
 GRIDS = {"tensor": (1, 1), "channel": (1, OUT), "group": (3, OUT)}
 product = jax.jit(integer_product)
@@ -27,12 +24,13 @@ def operands(grid="channel", symmetric=(True, True), bits=4, lead=(5,), shared=F
     x_zero = None if symmetric[0] else codes(rng, tokens)
     w_zero = None if symmetric[1] else codes(rng, GRIDS[grid], bits)
     x_scale, w_scale = (rng.uniform(0.01, 0.1, s).astype(np.float32) for s in (tokens, GRIDS[grid]))
-    return (x, x_scale, x_zero, pack(w, bits), w_scale, w_zero, bits), w
+    return (x, x_scale, x_zero, canonical_weight(pack(w, bits), w_scale, w_zero, bits, IN)), w
 
 
 def oracle(args, w):
     """Entry by entry of the definition, float64."""
-    x, x_scale, x_zero, _, w_scale, w_zero, _ = args
+    x, x_scale, x_zero, weight = args
+    w_scale, w_zero = weight.scale, weight.zero_point
     each = lambda a: np.repeat(np.asarray(a, np.float64), IN // len(a), 0)  # noqa: E731
     w = (w - (0 if w_zero is None else each(w_zero))) * each(w_scale)
     return ((x - (0 if x_zero is None else x_zero.astype(float))) * x_scale) @ w
@@ -76,13 +74,13 @@ def test_any_number_of_leading_axes_and_one_grid_for_all_tokens(lead, shared):
 def test_a_sum_that_might_not_fit_int32_is_refused():
     x, packed = np.zeros((1, 40_000), np.int8), np.zeros((40_000, 1), np.uint8)
     one, zero = np.ones((1, 1), np.float32), np.zeros((1, 1), np.int8)
-    assert quant_matmul_int(x, one, None, packed, one, None, 8).shape == (1, 1)
+    weight = lambda z: canonical_weight(packed, one, z, 8, 40_000)  # noqa: E731
+    assert quant_matmul_int(x, one, None, weight(None)).shape == (1, 1)
     with pytest.raises(ValueError, match=r"40000 products.*at most 33025 input channels"):
-        quant_matmul_int(x, one, zero, packed, one, zero, 8)
+        quant_matmul_int(x, one, zero, weight(zero))
 
 
-def test_the_reference_is_last_and_the_result_has_the_dtype_asked_for():
-    assert op.IMPLEMENTATIONS[-1] is op.reference.quant_matmul_int
+def test_the_result_has_the_dtype_asked_for():
     args, _ = operands()
     y = quant_matmul_int(*args, jnp.bfloat16)
     assert y.dtype == jnp.bfloat16
