@@ -33,6 +33,7 @@ NUMERIC = (
     "jaxcomp.models.layers",
     "jaxcomp.models.likelihood",
     "jaxcomp.models.rope",
+    "jaxcomp.models.sampling",
     "jaxcomp.models.stream",
     "jaxcomp.models.text",
 )
