@@ -1,5 +1,6 @@
 """Kernels for compressed models. Arrays in, arrays out; depends on jax alone."""
 
+from pallas_kernels.dense_matmul import DenseWeight, dense_matmul
 from pallas_kernels.dispatch import use
 from pallas_kernels.grouped_quant_matmul import grouped_quant_matmul
 from pallas_kernels.hadamard import hadamard
@@ -10,8 +11,10 @@ from pallas_kernels.quant_matmul_int import quant_matmul_int
 from pallas_kernels.weight import Weight, canonical_weight
 
 __all__ = [
+    "DenseWeight",
     "Weight",
     "canonical_weight",
+    "dense_matmul",
     "grouped_quant_matmul",
     "hadamard",
     "kron_matmul",

@@ -110,7 +110,7 @@ def codes_of(w: Weight) -> Int8[Array, "*experts in_ch out_ch"]:
     if w.layout == "native":
         from pallas_kernels.native import panels
 
-        return panels.codes_of(w)
+        return panels.codes_of_panels(w)
     codes = w.codes.swapaxes(-1, -2) if w.layout == "rows" else w.codes
     return codes[..., : w.in_ch, : w.out_ch].astype(jnp.int8)
 
@@ -119,9 +119,10 @@ def grid_of(
     w: Weight,
 ) -> tuple[Float[Array, "*experts groups cols"], Int8[Array, "*experts groups cols"] | None]:
     """Scale and zero point without the padding of a prepared form."""
-    groups = w.groups
-    cut = lambda a: None if a is None else a[..., :groups, : w.out_ch]  # noqa: E731
-    return cut(w.scale), cut(w.zero_point)
+    scale = w.scale[..., : w.groups, : w.out_ch]
+    if w.zero_point is None:
+        return scale, None
+    return scale, w.zero_point[..., : w.groups, : w.out_ch].astype(jnp.int8)
 
 
 def to_canonical(w: Weight) -> Weight:

@@ -8,7 +8,8 @@ from pallas_kernels.dispatch import first_supported
 from pallas_kernels.quant_matmul_int import reference
 from pallas_kernels.weight import Weight
 
-IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {}  # platform → modules, fastest first
+# Platform → modules, fastest first.
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {"cpu": ("native",)}
 
 
 def quant_matmul_int(

@@ -1,0 +1,494 @@
+// Products with few rows on a processor with AVX-512 VNNI, as custom calls of XLA.
+//
+// At one token a product is bound by reading the weight, so the layouts below are read once, from
+// front to back, by all threads. A panel is 64 output channels (4 registers of 16), and holds all
+// input channels of them; a word is 32 bits of one output channel:
+//
+//     4 bits   [panels][in_ch / 8][64] words, code k + 8 in bits 4k .. 4k+3 for the 8 channels
+//     8 bits   [panels][in_ch / 4][64] words, code k + 128 in byte k for the 4 channels
+//
+// Floats times 4 bits: a permutation of a register that holds the 16 possible values looks a code
+// up by the low 4 bits of a word, so that 16 weights cost a shift, a permutation and a product.
+// Integers: `vpdpbusd` multiplies unsigned bytes (the stored codes) by signed ones (activations).
+// The offset of 8 or 128 and all zero points are taken out again with the sums of activations and
+// of codes:   Σ (u − o − z)(x − zx) = Σ u·x − (o + z)(Σ x − n·zx) − zx·Σ u,   Σ u = Σ q + n·o.
+//
+// Threads take panels from a counter, so that one which the system has interrupted holds up nobody.
+// A worker waits for the next call by spinning for a while, because waking it takes as long as a
+// whole product of a small model.
+
+#include <immintrin.h>
+#include <sched.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,avx2")))
+
+namespace {
+
+constexpr int kRegisters = 4;
+constexpr int kPanel = 16 * kRegisters;
+constexpr int kSpins = 20000;  // pauses, a few hundred microseconds
+
+// ---------------------------------------------------------------------------------------- threads
+
+class Pool {
+ public:
+  static Pool& get() {
+    static Pool* pool = new Pool;  // never destroyed: workers may outlive static objects
+    return *pool;
+  }
+
+  int threads() const { return static_cast<int>(workers_.size()) + 1; }
+
+  // Calls task(i) for i in 0 .. n-1, shared out among the threads. When another call has the
+  // workers, or they stayed behind in the process that forked this one, this one does all of it.
+  template <typename Task>
+  void run(int n, const Task& task) {
+    std::unique_lock<std::mutex> mine(busy_, std::try_to_lock);
+    if (n < 2 || workers_.empty() || !mine.owns_lock() || getpid() != owner_) {
+      for (int i = 0; i < n; ++i) task(i);
+      return;
+    }
+    call_ = [](const void* t, int i) { (*static_cast<const Task*>(t))(i); };
+    task_ = &task;
+    total_ = n;
+    next_.store(0, std::memory_order_relaxed);
+    running_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+    round_.fetch_add(1, std::memory_order_release);
+    if (sleeping_.load() > 0) {
+      std::lock_guard<std::mutex> lock(sleep_);
+      wake_.notify_all();
+    }
+    work();
+    for (int spin = 0; running_.load(std::memory_order_acquire) > 0; ++spin) {
+      spin < kSpins ? _mm_pause() : static_cast<void>(sched_yield());
+    }
+  }
+
+ private:
+  Pool() {
+    cpu_set_t mask;
+    int n = sched_getaffinity(0, sizeof(mask), &mask) == 0 ? CPU_COUNT(&mask) : 1;
+    if (const char* wanted = std::getenv("JAXCOMP_NATIVE_THREADS")) n = std::atoi(wanted);
+    for (int i = 1; i < std::min(n, 64); ++i) workers_.emplace_back([this] { serve(); });
+    for (auto& worker : workers_) worker.detach();
+  }
+
+  void work() {
+    for (int i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < total_;) call_(task_, i);
+  }
+
+  void serve() {
+    for (uint64_t seen = 0;;) {
+      for (int spin = 0; round_.load(std::memory_order_acquire) == seen && spin < kSpins; ++spin) {
+        _mm_pause();
+      }
+      if (round_.load(std::memory_order_acquire) == seen) {
+        std::unique_lock<std::mutex> lock(sleep_);
+        sleeping_.fetch_add(1);
+        wake_.wait(lock, [&] { return round_.load(std::memory_order_acquire) != seen; });
+        sleeping_.fetch_sub(1);
+      }
+      // Every round waits for all workers, so none is ever skipped.
+      ++seen;
+      work();
+      running_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  const pid_t owner_ = getpid();
+  std::vector<std::thread> workers_;
+  std::mutex busy_, sleep_;
+  std::condition_variable wake_;
+  std::atomic<uint64_t> round_{0};
+  std::atomic<int> next_{0}, running_{0}, sleeping_{0};
+  void (*call_)(const void*, int) = nullptr;
+  const void* task_ = nullptr;
+  int total_ = 0;
+};
+
+// ------------------------------------------------------------------------------- quantized weights
+
+struct Grid {
+  const float* scale;  // [groups][columns]
+  const int32_t* zero;  // like scale, or null: the code of 0.0
+  const int32_t* sums;  // like scale, or null: Σ q of each group
+  int64_t groups, columns, group_size;
+};
+
+// y[m][64] of one panel and R rows; x is [R][in_ch]; x_sums is [R][groups].
+template <int R, int kBits>
+AVX512 void float_panel(const float* x, int64_t x_stride, const float* x_sums,
+                        const uint32_t* panel, const Grid& g, int64_t column, float* y,
+                        int64_t y_stride, int width) {
+  constexpr int kPerWord = 32 / kBits;
+  const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  alignas(64) float total[R][kPanel] = {};
+  const uint32_t* word = panel;
+  for (int64_t group = 0; group < g.groups; ++group) {
+    __m512 sum[R][kRegisters];
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < kRegisters; ++c) sum[r][c] = _mm512_setzero_ps();
+    const float* xs = x + group * g.group_size;
+    for (int64_t k = 0; k < g.group_size; k += kPerWord, word += kPanel) {
+      __m512i words[kRegisters];
+      for (int c = 0; c < kRegisters; ++c) words[c] = _mm512_loadu_si512(word + 16 * c);
+      for (int j = 0; j < kPerWord; ++j) {
+        for (int c = 0; c < kRegisters; ++c) {
+          __m512 w;
+          if constexpr (kBits == 4) {
+            w = _mm512_permutexvar_ps(words[c], values);
+            words[c] = _mm512_srli_epi32(words[c], 4);
+          } else {
+            w = _mm512_cvtepi32_ps(_mm512_and_si512(words[c], _mm512_set1_epi32(255)));
+            w = _mm512_sub_ps(w, _mm512_set1_ps(128));
+            words[c] = _mm512_srli_epi32(words[c], 8);
+          }
+          for (int r = 0; r < R; ++r) {
+            sum[r][c] = _mm512_fmadd_ps(w, _mm512_set1_ps(xs[r * x_stride + k + j]), sum[r][c]);
+          }
+        }
+      }
+    }
+    const float* scale = g.scale + group * g.columns + column;
+    const int32_t* zero = g.zero ? g.zero + group * g.columns + column : nullptr;
+    for (int c = 0; c < kRegisters; ++c) {
+      const __m512 s = _mm512_loadu_ps(scale + 16 * c);
+      for (int r = 0; r < R; ++r) {
+        __m512 v = sum[r][c];
+        if (zero) {
+          const __m512 z = _mm512_cvtepi32_ps(_mm512_loadu_si512(zero + 16 * c));
+          v = _mm512_fnmadd_ps(z, _mm512_set1_ps(x_sums[r * g.groups + group]), v);
+        }
+        const __m512 old = _mm512_load_ps(&total[r][16 * c]);
+        _mm512_store_ps(&total[r][16 * c], _mm512_fmadd_ps(v, s, old));
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) std::memcpy(y + r * y_stride, total[r], sizeof(float) * width);
+}
+
+// As above with codes; `x` is [R][in_ch] in the order that `arrange` gives; x_scale, x_zero are
+// [R]; x_sums is [R][groups] of int32.
+template <int R, int kBits>
+AVX512 void integer_panel(const int8_t* x, int64_t x_stride, const int32_t* x_sums,
+                          const float* x_scale, const int32_t* x_zero, const uint32_t* panel,
+                          const Grid& g, int64_t column, float* y, int64_t y_stride, int width) {
+  constexpr int kPerWord = 32 / kBits;
+  constexpr int kOffset = kBits == 4 ? 8 : 128;
+  const __m512i nibbles = _mm512_set1_epi8(15);
+  alignas(64) float total[R][kPanel] = {};
+  const uint32_t* word = panel;
+  for (int64_t group = 0; group < g.groups; ++group) {
+    __m512i sum[R][kRegisters];
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < kRegisters; ++c) sum[r][c] = _mm512_setzero_si512();
+    const int8_t* xs = x + group * g.group_size;
+    for (int64_t k = 0; k < g.group_size; k += kPerWord, word += kPanel) {
+      __m512i words[kRegisters];
+      for (int c = 0; c < kRegisters; ++c) words[c] = _mm512_loadu_si512(word + 16 * c);
+      for (int r = 0; r < R; ++r) {
+        int32_t four[2];
+        std::memcpy(four, xs + r * x_stride + k, kBits == 4 ? 8 : 4);
+        for (int c = 0; c < kRegisters; ++c) {
+          if constexpr (kBits == 4) {
+            const __m512i low = _mm512_and_si512(words[c], nibbles);
+            const __m512i high = _mm512_and_si512(_mm512_srli_epi32(words[c], 4), nibbles);
+            sum[r][c] = _mm512_dpbusd_epi32(sum[r][c], low, _mm512_set1_epi32(four[0]));
+            sum[r][c] = _mm512_dpbusd_epi32(sum[r][c], high, _mm512_set1_epi32(four[1]));
+          } else {
+            sum[r][c] = _mm512_dpbusd_epi32(sum[r][c], words[c], _mm512_set1_epi32(four[0]));
+          }
+        }
+      }
+    }
+    const float* scale = g.scale + group * g.columns + column;
+    const int32_t n = static_cast<int32_t>(g.group_size);
+    for (int c = 0; c < kRegisters; ++c) {
+      const __m512 s = _mm512_loadu_ps(scale + 16 * c);
+      __m512i shift = _mm512_set1_epi32(kOffset);
+      if (g.zero) {
+        const int32_t* zero = g.zero + group * g.columns + column;
+        shift = _mm512_add_epi32(shift, _mm512_loadu_si512(zero + 16 * c));
+      }
+      for (int r = 0; r < R; ++r) {
+        const int32_t zx = x_zero ? x_zero[r] : 0;
+        const int32_t x_sum = x_sums[r * g.groups + group] - n * zx;
+        __m512i v = _mm512_sub_epi32(sum[r][c], _mm512_mullo_epi32(shift, _mm512_set1_epi32(x_sum)));
+        if (zx) {
+          const int32_t* sums = g.sums + group * g.columns + column;
+          __m512i u = _mm512_loadu_si512(sums + 16 * c);
+          u = _mm512_add_epi32(u, _mm512_set1_epi32(n * kOffset));
+          v = _mm512_sub_epi32(v, _mm512_mullo_epi32(u, _mm512_set1_epi32(zx)));
+        }
+        const __m512 old = _mm512_load_ps(&total[r][16 * c]);
+        const __m512 new_total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(v), s, old);
+        _mm512_store_ps(&total[r][16 * c], new_total);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    const __m512 a = _mm512_set1_ps(x_scale[r]);
+    for (int c = 0; c < kPanel; c += 16) {
+      _mm512_store_ps(&total[r][c], _mm512_mul_ps(_mm512_load_ps(&total[r][c]), a));
+    }
+    std::memcpy(y + r * y_stride, total[r], sizeof(float) * width);
+  }
+}
+
+// Calls f<R> with the largest R ≤ rows for which there is a kernel; gives R.
+#define ROWS(R_MAX, rows, CALL)             \
+  ((rows) >= 6 && R_MAX >= 6   ? (CALL(6), 6) \
+   : (rows) >= 4               ? (CALL(4), 4) \
+   : (rows) >= 2               ? (CALL(2), 2) \
+                               : (CALL(1), 1))
+
+template <int kBits>
+void float_product(const float* x, int64_t rows, int64_t in_ch, const uint32_t* panels,
+                   const Grid& g, int64_t out_ch, float* y) {
+  std::vector<float> sums;
+  if (g.zero) {
+    sums.resize(rows * g.groups);
+    for (int64_t i = 0; i < rows * g.groups; ++i) {
+      const float* part = x + i * g.group_size;  // rows are whole groups
+      float sum = 0;
+      for (int64_t k = 0; k < g.group_size; ++k) sum += part[k];
+      sums[i] = sum;
+    }
+  }
+  const int64_t words = in_ch * kBits / 32 * kPanel;
+  Pool::get().run(static_cast<int>(g.columns / kPanel), [&](int p) {
+    const int64_t column = int64_t{p} * kPanel;
+    const int width = static_cast<int>(std::min<int64_t>(kPanel, out_ch - column));
+    for (int64_t r = 0; r < rows;) {
+#define CALL(R)                                                                             \
+  float_panel<R, kBits>(x + r * in_ch, in_ch, sums.data() + (g.zero ? r * g.groups : 0),    \
+                        panels + p * words, g, column, y + r * out_ch + column, out_ch, width)
+      r += ROWS(4, rows - r, CALL);
+#undef CALL
+    }
+  });
+}
+
+template <int kBits>
+void integer_product(const int8_t* x, int64_t rows, int64_t in_ch, const float* x_scale,
+                     const int32_t* x_zero, const uint32_t* panels, const Grid& g, int64_t out_ch,
+                     float* y) {
+  std::vector<int32_t> sums(rows * g.groups);
+  std::vector<int8_t> arranged;
+  for (int64_t i = 0; i < rows * g.groups; ++i) {
+    int32_t sum = 0;
+    for (int64_t k = 0; k < g.group_size; ++k) sum += x[i * g.group_size + k];
+    sums[i] = sum;
+  }
+  if (kBits == 4) {  // of 8 channels first the even ones, which lie in the low nibbles
+    arranged.resize(rows * in_ch);
+    for (int64_t i = 0; i < rows * in_ch; i += 8)
+      for (int j = 0; j < 4; ++j) {
+        arranged[i + j] = x[i + 2 * j];
+        arranged[i + 4 + j] = x[i + 2 * j + 1];
+      }
+    x = arranged.data();
+  }
+  const int64_t words = in_ch * kBits / 32 * kPanel;
+  Pool::get().run(static_cast<int>(g.columns / kPanel), [&](int p) {
+    const int64_t column = int64_t{p} * kPanel;
+    const int width = static_cast<int>(std::min<int64_t>(kPanel, out_ch - column));
+    for (int64_t r = 0; r < rows;) {
+#define CALL(R)                                                                             \
+  integer_panel<R, kBits>(x + r * in_ch, in_ch, sums.data() + r * g.groups, x_scale + r,    \
+                          x_zero ? x_zero + r : nullptr, panels + p * words, g, column,     \
+                          y + r * out_ch + column, out_ch, width)
+      r += ROWS(6, rows - r, CALL);
+#undef CALL
+    }
+  });
+}
+
+template <typename T>
+const T* data_or_null(const ffi::AnyBuffer& b) {
+  return b.element_count() ? static_cast<const T*>(b.untyped_data()) : nullptr;
+}
+
+Grid grid_of(const ffi::Buffer<ffi::F32>& scale, const ffi::AnyBuffer& zero,
+             const ffi::AnyBuffer& sums, int64_t in_ch) {
+  const int64_t groups = scale.dimensions()[0], columns = scale.dimensions()[1];
+  return {scale.typed_data(), data_or_null<int32_t>(zero), data_or_null<int32_t>(sums),
+          groups, columns, in_ch / groups};
+}
+
+ffi::Error FloatProduct(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U32> panels,
+                        ffi::Buffer<ffi::F32> scale, ffi::AnyBuffer zero, int64_t bits,
+                        ffi::ResultBuffer<ffi::F32> y) {
+  const int64_t rows = x.dimensions()[0], in_ch = x.dimensions()[1];
+  const Grid g = grid_of(scale, zero, zero, in_ch);
+  auto* f = bits == 4 ? float_product<4> : float_product<8>;
+  f(x.typed_data(), rows, in_ch, panels.typed_data(), g, y->dimensions()[1], y->typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error IntegerProduct(ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::F32> x_scale,
+                          ffi::AnyBuffer x_zero, ffi::Buffer<ffi::U32> panels,
+                          ffi::Buffer<ffi::F32> scale, ffi::AnyBuffer zero, ffi::AnyBuffer sums,
+                          int64_t bits, ffi::ResultBuffer<ffi::F32> y) {
+  const int64_t rows = x.dimensions()[0], in_ch = x.dimensions()[1];
+  const Grid g = grid_of(scale, zero, sums, in_ch);
+  auto* f = bits == 4 ? integer_product<4> : integer_product<8>;
+  f(x.typed_data(), rows, in_ch, x_scale.typed_data(), data_or_null<int32_t>(x_zero),
+    panels.typed_data(), g, y->dimensions()[1], y->typed_data());
+  return ffi::Error::Success();
+}
+
+// ----------------------------------------------------------------------------------- dense weights
+
+template <typename T>
+AVX512 inline __m512 load(const T* p, __mmask16 mask);
+
+template <>
+AVX512 inline __m512 load(const float* p, __mmask16 mask) {
+  return _mm512_maskz_loadu_ps(mask, p);
+}
+
+template <>
+AVX512 inline __m512 load(const uint16_t* p, __mmask16 mask) {  // bfloat16
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16));
+}
+
+constexpr int kColumns = 128;  // output channels a task where the weight is [in_ch, out_ch]
+constexpr int kOutputs = 64;   // output channels a task where it is [out_ch, in_ch]
+
+template <int R, typename T>
+AVX512 void dense_columns(const float* x, int64_t in_ch, const T* w, int64_t out_ch, int64_t column,
+                          float* y) {
+  constexpr int kRegs = R == 1 ? 8 : 4;
+  for (int64_t first = column; first < std::min(column + kColumns, out_ch); first += 16 * kRegs) {
+    __m512 sum[R][kRegs];
+    __mmask16 mask[kRegs];
+    for (int c = 0; c < kRegs; ++c) {
+      const int64_t left = std::clamp<int64_t>(out_ch - first - 16 * c, 0, 16);
+      mask[c] = static_cast<__mmask16>((1u << left) - 1);
+      for (int r = 0; r < R; ++r) sum[r][c] = _mm512_setzero_ps();
+    }
+    for (int64_t k = 0; k < in_ch; ++k) {
+      const T* row = w + k * out_ch + first;
+      for (int c = 0; c < kRegs; ++c) {
+        if (c % (64 / (16 * sizeof(T))) == 0) _mm_prefetch(row + 8 * out_ch + 16 * c, _MM_HINT_T0);
+        const __m512 v = load(row + 16 * c, mask[c]);
+        for (int r = 0; r < R; ++r)
+          sum[r][c] = _mm512_fmadd_ps(v, _mm512_set1_ps(x[r * in_ch + k]), sum[r][c]);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < kRegs; ++c)
+        _mm512_mask_storeu_ps(y + r * out_ch + first + 16 * c, mask[c], sum[r][c]);
+  }
+}
+
+template <int R, typename T>
+AVX512 void dense_rows(const float* x, int64_t in_ch, const T* w, int64_t out_ch, int64_t first,
+                       float* y) {
+  constexpr int kTogether = R == 1 ? 4 : 2;  // output channels whose sums are independent
+  const int64_t last = std::min(first + kOutputs, out_ch);
+  for (int64_t n = first; n < last; n += kTogether) {
+    __m512 sum[R][kTogether];
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < kTogether; ++j) sum[r][j] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < in_ch; k += 16) {
+      const int64_t left = std::min<int64_t>(in_ch - k, 16);
+      const __mmask16 mask = static_cast<__mmask16>((1u << left) - 1);
+      __m512 xs[R];
+      for (int r = 0; r < R; ++r) xs[r] = _mm512_maskz_loadu_ps(mask, x + r * in_ch + k);
+      for (int j = 0; j < kTogether; ++j) {
+        const __m512 v = load(w + std::min(n + j, last - 1) * in_ch + k, mask);
+        for (int r = 0; r < R; ++r) sum[r][j] = _mm512_fmadd_ps(v, xs[r], sum[r][j]);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < kTogether && n + j < last; ++j)
+        y[r * out_ch + n + j] = _mm512_reduce_add_ps(sum[r][j]);
+  }
+}
+
+template <typename T>
+void dense_product(const float* x, int64_t rows, int64_t in_ch, const T* w, bool transposed,
+                   int64_t out_ch, float* y) {
+  const int64_t size = transposed ? kOutputs : kColumns;
+  Pool::get().run(static_cast<int>((out_ch + size - 1) / size), [&](int task) {
+    for (int64_t r = 0; r < rows;) {
+#define CALL(R)                                                                          \
+  (transposed ? dense_rows<R, T> : dense_columns<R, T>)(x + r * in_ch, in_ch, w, out_ch, \
+                                                        task * size, y + r * out_ch)
+      r += ROWS(4, rows - r, CALL);
+#undef CALL
+    }
+  });
+}
+
+ffi::Error DenseProduct(ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, bool transposed,
+                        ffi::ResultBuffer<ffi::F32> y) {
+  const int64_t rows = x.dimensions()[0], in_ch = x.dimensions()[1], out_ch = y->dimensions()[1];
+  if (w.element_type() == ffi::DataType::F32) {
+    dense_product(x.typed_data(), rows, in_ch, static_cast<const float*>(w.untyped_data()),
+                  transposed, out_ch, y->typed_data());
+  } else if (w.element_type() == ffi::DataType::BF16) {
+    dense_product(x.typed_data(), rows, in_ch, static_cast<const uint16_t*>(w.untyped_data()),
+                  transposed, out_ch, y->typed_data());
+  } else {
+    return ffi::Error::InvalidArgument("a dense weight is float32 or bfloat16");
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+extern "C" int jaxcomp_native_supported() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+
+extern "C" int jaxcomp_native_threads() { return Pool::get().threads(); }
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomp_float_product, FloatProduct,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::U32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("bits")
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomp_integer_product, IntegerProduct,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Buffer<ffi::S8>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::U32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("bits")
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomp_dense_product, DenseProduct,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Attr<bool>("transposed")
+                                  .Ret<ffi::Buffer<ffi::F32>>());
