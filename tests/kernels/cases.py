@@ -5,8 +5,8 @@
         case.check(implementation(*case.args, **case.static, chip=..., interpret=...))
 
 `args` are those of the public function, weights in the canonical form; `static` are its keywords.
-A case that an implementation does not take is for its tests to leave out by name. A builder may also
-be called with settings of one's own: ``matmul(tokens=(3,), k=1024, n=256)``.
+A case that an implementation does not take is for its tests to leave out by name. A builder may be
+called with settings of one's own, too: ``matmul(tokens=(3,), k=1024, n=256)``.
 
 How close: float32 1e-5, bfloat16 4e-3 of the largest entry of the same row, so that a row of zeros
 gives zeros exactly, and beside that half a step of a bfloat16 result; integer sums are exact before
@@ -101,7 +101,7 @@ def weight(
 def activations(
     rng: np.random.Generator, shape: tuple[int, ...], dtype: str, special: bool = False
 ) -> Any:
-    """Normal values; `special` adds outliers, a first row of zeros and a huge value in the second."""
+    """Normal values; `special` adds outliers, a row of zeros and a huge value in the next."""
     x = rng.standard_normal(shape)
     if special:
         x[..., ::17] *= 20
@@ -151,8 +151,7 @@ def matmul_int(
     grid = (1,) if shared else (*tokens, 1)
     scale = (np.ones(grid) if unit else rng.uniform(0.01, 0.1, grid)).astype(np.float32)
     zero = None if x_symmetric else codes_of(rng, grid, x_bits)
-    x = (codes - np.float64(0 if zero is None else 1) * (0 if zero is None else zero)) * scale
-    expected = x @ dense
+    expected = (codes.astype(np.float64) - (0 if zero is None else zero)) * scale @ dense
     tolerance = 0.0 if unit else 2e-6 if out_dtype == "float32" else CLOSE[out_dtype]
     check = functools.partial(check_rows, expected, tolerance, out_dtype)
     return Case((codes, scale, zero, w), {"out_dtype": jnp.dtype(out_dtype)}, expected, check)
@@ -268,7 +267,7 @@ def attention(
     symmetric: bool = True,
     dtype: str = "bfloat16",
 ) -> Case:
-    """`quant_decode_attention`; `heads` are kv heads and queries to each, `bits` None a float cache.
+    """`quant_decode_attention`; `heads` are kv heads and queries to each, `bits` None floats.
 
     Slots that no sequence sees hold NaN, in the floats or in the scales of the codes.
     """
@@ -289,8 +288,8 @@ def attention(
         codes = codes_of(rng, (batch, kv_heads, slots, dim), bits)
         scale = rng.uniform(0.5, 1.5, seen.shape).astype(np.float32) / 2 ** (bits - 1)
         zero = None if symmetric else codes_of(rng, seen.shape, bits)
-        floats.append((codes - np.float64(0) - (0 if zero is None else zero[..., None])))
-        floats[-1] *= np.asarray(scale, np.float64)[..., None]
+        shifted = codes.astype(np.float64) - (0 if zero is None else zero[..., None])
+        floats.append(shifted * scale[..., None])
         rows.append(np.asarray(pack_rows(codes, bits)))
         grids += [np.where(seen, scale, np.float32(np.nan)), zero]
     scale = dim**-0.5

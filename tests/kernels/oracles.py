@@ -10,7 +10,7 @@ F64 = np.float64
 
 
 def dense_weight(codes: np.ndarray, scale: np.ndarray, zero: np.ndarray | None) -> np.ndarray:
-    """``(q − z) · s`` for codes `[*experts, in_ch, out_ch]` and grids `[*experts, groups, cols]`."""
+    """``(q − z) · s``; codes `[*experts, in_ch, out_ch]`, grids `[*experts, groups, cols]`."""
     size = codes.shape[-2] // scale.shape[-2]
     each = lambda a: np.repeat(np.asarray(a, F64), size, -2)  # noqa: E731
     return (codes.astype(F64) - (0 if zero is None else each(zero))) * each(scale)

@@ -8,7 +8,6 @@ import pytest
 import pallas_kernels
 from tests.kernels.cases import CASES, build
 
-
 # References know no tiles, so that numbers of tokens are all one to them; and the two products that
 # have tests of their own are left to the slow run.
 OWN_TESTS = ("quant_matmul", "quant_matmul_int")
