@@ -1,10 +1,11 @@
 """Kernels for compressed models. Arrays in, arrays out; depends on jax alone."""
 
 from pallas_kernels.dense_matmul import DenseWeight, dense_matmul
-from pallas_kernels.dispatch import use
+from pallas_kernels.dispatch import current_chip, use
 from pallas_kernels.grouped_quant_matmul import grouped_quant_matmul
 from pallas_kernels.hadamard import hadamard
 from pallas_kernels.kron_matmul import kron_matmul, kron_quantize
+from pallas_kernels.prepare import prepare
 from pallas_kernels.quant_decode_attention import quant_decode_attention
 from pallas_kernels.quant_matmul import quant_matmul
 from pallas_kernels.quant_matmul_int import quant_matmul_int
@@ -14,11 +15,13 @@ __all__ = [
     "DenseWeight",
     "Weight",
     "canonical_weight",
+    "current_chip",
     "dense_matmul",
     "grouped_quant_matmul",
     "hadamard",
     "kron_matmul",
     "kron_quantize",
+    "prepare",
     "quant_decode_attention",
     "quant_matmul",
     "quant_matmul_int",

@@ -99,7 +99,7 @@ def first_supported(
         try:
             return with_gradient(f, functools.partial(reference, **static))(*args)
         except NotImplementedError as refusal:
-            _tell_once(f"{op}: {module.__name__} does not take this call ({refusal})")
+            tell_once(f"{op}: {module.__name__} does not take this call ({refusal})")
     return reference(*args, **static)
 
 
@@ -118,5 +118,6 @@ def with_gradient(implementation: Callable, reference: Callable) -> Callable:
 
 
 @functools.cache
-def _tell_once(message: str) -> None:
+def tell_once(message: str) -> None:
+    """Logs a message the first time it is given."""
     log.info(message)

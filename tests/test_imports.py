@@ -25,6 +25,8 @@ MAY_IMPORT = {
     "jaxcomp.kv": ("jaxcomp.core", "pallas_kernels.packing"),
     "jaxcomp.parallel": (),
     "jaxcomp.models": ("jaxcomp.core", "jaxcomp.kv", "jaxcomp.parallel"),
+    "jaxcomp.models.execution": ("jaxcomp.models", "jaxcomp.core", "pallas_kernels"),
+    "jaxcomp.models.attention": ("jaxcomp.models", "jaxcomp.core", "jaxcomp.kv", "pallas_kernels"),
     "jaxcomp.hub": ("jaxcomp.models", "jaxcomp.core"),
     "jaxcomp.data": (),
     "jaxcomp.calibrate": (

@@ -8,19 +8,19 @@ from jaxtyping import Array, Float
 from jaxcomp.core.activation import QActivation
 from jaxcomp.core.quantize import QTensor
 from jaxcomp.core.struct import node
-from pallas_kernels import quant_matmul, quant_matmul_int
-from pallas_kernels.weight import Weight, canonical_weight
+from pallas_kernels import DenseWeight, dense_matmul, quant_matmul, quant_matmul_int
+from pallas_kernels.weight import Weight, canonical_weight, dequantize
 
 
 @node
 class Linear:
     """`y = x @ w + b`, with `w` `[*experts, in_ch, out_ch]`, `b` `[out_ch]`.
 
-    A quantized `w` is a `QTensor`, or the form of it that `models.execution.prepare` made for the
-    kernels of a chip.
+    `models.execution.prepare` turns `w` into what the kernels of a chip read: a `QTensor` into a
+    `Weight`, an array into a `DenseWeight`.
     """
 
-    w: Float[Array, "*experts in_ch out_ch"] | QTensor | Weight
+    w: Float[Array, "*experts in_ch out_ch"] | QTensor | Weight | DenseWeight
     b: Float[Array, " out_ch"] | None = None
 
 
@@ -40,6 +40,8 @@ def linear(
         y = _integer_product(p.w, x)
     elif isinstance(p.w, QTensor | Weight):
         y = quant_matmul(x, weight_of(p.w), jnp.float32)
+    elif isinstance(p.w, DenseWeight):
+        y = dense_matmul(x, p.w, jnp.float32)
     else:
         y = _dense_product(x, p.w)
     if p.b is not None:
@@ -59,6 +61,13 @@ def weight_of(w: QTensor | Weight) -> Weight:
     if isinstance(w, Weight):
         return w
     return canonical_weight(w.packed, w.scale, w.zero_point, w.bits, w.in_ch)
+
+
+def dense_of(w: Array | QTensor | Weight | DenseWeight) -> Float[Array, "*experts in_ch out_ch"]:
+    """The weight as an array; float32 where it was quantized."""
+    if isinstance(w, DenseWeight):
+        return w.array.T if w.transposed else w.array
+    return dequantize(weight_of(w)) if isinstance(w, QTensor | Weight) else w
 
 
 def _integer_product(w: Array | QTensor | Weight, x: QActivation) -> Float[Array, "*tokens out_ch"]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxcomp.core.quantize import QTensor, dequantize
+from jaxcomp.core.linear import dense_of
 from jaxcomp.models.decoder import Decoder
 from jaxcomp.models.layers import RMSNorm, rms_norm
 
@@ -71,8 +71,9 @@ def _open(model: Decoder, dtype: str) -> Head:
     if model.lm_head is None:
         return Head(model.norm, model.embed.weight.astype(dtype), None)
     w, b = model.lm_head.w, model.lm_head.b
-    w = dequantize(w) if isinstance(w, QTensor) else w
-    return Head(model.norm, w.astype(dtype).T, None if b is None else b.astype(jnp.float32))
+    return Head(
+        model.norm, dense_of(w).astype(dtype).T, None if b is None else b.astype(jnp.float32)
+    )
 
 
 @jax.jit

@@ -33,7 +33,7 @@ def made(monkeypatch):
         module.double = double
         monkeypatch.setitem(sys.modules, module.__name__, module)
 
-    dispatch._tell_once.cache_clear()
+    dispatch.tell_once.cache_clear()
     return add, log
 
 
