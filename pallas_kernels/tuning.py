@@ -6,10 +6,14 @@ kernel does not take it. Tiles of TPUs were ranked by the compilers' static sche
 (`benchmarks/static`), not by time on a device.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from pallas_kernels.chips import Chip
+
+LANES = 128  # channels of a TPU's vector register
 
 
 def tile_for(op: str, chip: Chip, **sizes: Any) -> Any:
@@ -29,6 +33,12 @@ def divisor(size: int, most: int, unit: int) -> int:
     return max(d for d in range(unit, max(most, unit) + 1, unit) if size % d == 0)
 
 
+def rows_of(m: int, most: int) -> int:
+    """Rows of a tile: equal shares of `m` of at most `most`, in whole registers of bfloat16."""
+    share = -(-m // -(-m // most))
+    return 8 if share <= 8 else -(-share // 16) * 16
+
+
 class MatmulTile(NamedTuple):
     """Of a matrix product on a TPU.
 
@@ -45,4 +55,76 @@ class MatmulTile(NamedTuple):
     span: int = 128
 
 
-TILES: dict[str, dict[str, Callable[..., Any]]] = {}
+@dataclasses.dataclass(frozen=True)
+class MatmulRule:
+    """Tiles of a matrix product by the numbers of tokens that decode and prefill have.
+
+    Attributes:
+      few: rows up to which reading the weight is the bound.
+      few_area: input times output channels of a tile with few rows; a step takes about 200 cycles
+        whatever the area, and the first copy hides behind nothing.
+      many_area: the same with more rows.
+      rows: most of a tile.
+      pre: rows beyond which weights are scaled instead of sums.
+    """
+
+    few: int
+    few_area: int
+    many_area: int
+    rows: int
+    pre: int
+
+    def __call__(self, m: int, k: int, n: int, group: int, bits: int) -> MatmulTile:
+        """The tile for `m` rows and a padded weight of `k` × `n`."""
+        bn = divisor(n, 1024, LANES)
+        most = max((self.few_area if m <= self.few else self.many_area) // bn, LANES)
+        if group >= k:  # one scale for all input channels
+            bk = divisor(k, most, LANES)
+        elif group > most and group % LANES == 0:
+            bk = divisor(group, most, LANES)
+        else:
+            bk = divisor(k, most, math.lcm(LANES, group))
+        bm = rows_of(m, self.rows)
+        sharing = LANES // group if group < LANES else 1  # times that "post" repeats the rows
+        return MatmulTile(bm, bk, bn, "pre" if bm * sharing > self.pre else "post")
+
+
+class KronTile(NamedTuple):
+    """Of a Kronecker product on a TPU.
+
+    Attributes:
+      rows: tokens of a tile, a multiple of 32.
+      c: tokens of a left product, 8 or 4; see `kron_matmul.tpu`.
+      most: rows of a left product, its order times c, up to which the matrix unit is worth it.
+    """
+
+    rows: int
+    c: int
+    most: int
+
+
+@dataclasses.dataclass(frozen=True)
+class KronRule:
+    """Tiles of a Kronecker product.
+
+    Attributes:
+      area: tokens times channels of a tile.
+      unit: order of the matrix unit: left products of 8 tokens are free up to it.
+    """
+
+    area: int
+    unit: int
+
+    def __call__(self, n1: int, channels: int, tokens: int) -> KronTile:
+        """The tile for `tokens` rows and a left factor of order `n1`."""
+        rows = max(self.area // channels // 32 * 32, 32)
+        return KronTile(min(rows, -(-tokens // 32) * 32), 8 if 8 * n1 <= self.unit else 4, 1024)
+
+
+TILES: dict[str, dict[str, Callable[..., Any]]] = {
+    "kron_matmul": {"v5e": KronRule(1 << 19, 128), "v6e": KronRule(1 << 19, 256)},
+    "quant_matmul": {
+        "v5e": MatmulRule(64, 2 << 20, 1 << 20, 256, 256),
+        "v6e": MatmulRule(64, 2 << 20, 1 << 20, 256, 64),
+    },
+}

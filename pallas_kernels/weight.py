@@ -19,9 +19,10 @@ from pallas_kernels.packing import pack, unpack
 
 # canonical     uint8 [*experts, bytes, out_ch]: a bit stream along in_ch (`pallas_kernels.packing`)
 # int8          int8 [*experts, in_ch, out_ch]: one code a byte
+# nibbles       uint8 [*experts, in_ch / 2, out_ch]: up to 4 bits, as canonical codes of 4 bits are
 # rows          int8 or int4 [*experts, out_ch, in_ch]: in_ch contiguous, as Hopper's wgmma reads it
 # native        the panels of `pallas_kernels.native`
-Layout = Literal["canonical", "int8", "rows", "native"]
+Layout = Literal["canonical", "int8", "nibbles", "rows", "native"]
 
 
 @functools.partial(
@@ -112,6 +113,8 @@ def codes_of(w: Weight) -> Int8[Array, "*experts in_ch out_ch"]:
 
         return panels.codes_of_panels(w)
     codes = w.codes.swapaxes(-1, -2) if w.layout == "rows" else w.codes
+    if w.layout == "nibbles":
+        codes = unpack(codes, 4, 2 * codes.shape[-2])
     return codes[..., : w.in_ch, : w.out_ch].astype(jnp.int8)
 
 

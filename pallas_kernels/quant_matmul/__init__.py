@@ -8,7 +8,7 @@ from pallas_kernels.quant_matmul import reference
 from pallas_kernels.weight import Weight
 
 # Platform → modules, fastest first.
-IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {"cpu": ("native",)}
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {"cpu": ("native",), "tpu": ("tpu",)}
 
 
 def quant_matmul(

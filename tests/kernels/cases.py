@@ -8,7 +8,7 @@
 A case that an implementation does not take is for its tests to leave out by name. A builder may be
 called with settings of one's own, too: ``matmul(tokens=(3,), k=1024, n=256)``.
 
-How close: float32 1e-5, bfloat16 4e-3 of the largest entry of the same row, so that a row of zeros
+How close: float32 1e-5, bfloat16 5e-3 of the largest entry of the same row, so that a row of zeros
 gives zeros exactly, and beside that half a step of a bfloat16 result; integer sums are exact before
 they are scaled (2e-6); codes are equal, or off by one in at most 0.1 % of float32 and 0.5 % of
 bfloat16 entries, where sums in another order tip a tie.
@@ -26,7 +26,7 @@ from pallas_kernels import Weight, canonical_weight
 from pallas_kernels.packing import pack, pack_rows
 from tests.kernels import oracles
 
-CLOSE = {"float32": 1e-5, "bfloat16": 4e-3}
+CLOSE = {"float32": 1e-5, "bfloat16": 5e-3}
 TIES = {"float32": 1e-3, "bfloat16": 5e-3}
 
 
