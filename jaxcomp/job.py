@@ -39,7 +39,7 @@ from jaxcomp.hub.read import open_checkpoint
 from jaxcomp.hub.tokenizer import encode, load_tokenizer
 from jaxcomp.models.decoder import Decoder
 from jaxcomp.models.execution import use_integer
-from jaxcomp.models.generate import generate_greedy
+from jaxcomp.models.generate import generate_tokens
 from jaxcomp.models.sizes import peak_rss
 from jaxcomp.parallel import Placement, data_mesh
 from jaxcomp.progress import ConsoleProgress
@@ -331,7 +331,9 @@ def generate(
             on_text(text[len(shown) :])
             shown = text
 
-    generate_greedy(loaded.model, ids[None], max_tokens, config.eos_token_ids, on_token)
+    generate_tokens(
+        loaded.model, ids[None], max_tokens, eos_ids=config.eos_token_ids, on_token=on_token
+    )
     return loaded.tokenizer.decode(new, skip_special_tokens=True)
 
 

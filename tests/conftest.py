@@ -34,6 +34,7 @@ NUMERIC = (
     "jaxcomp.models.likelihood",
     "jaxcomp.models.rope",
     "jaxcomp.models.sampling",
+    "jaxcomp.models.session",
     "jaxcomp.models.stream",
     "jaxcomp.models.text",
 )

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxcomp.models.decoder import Decoder, iter_blocks
-from jaxcomp.models.generate import generate_greedy
+from jaxcomp.models.decoder import Decoder
+from jaxcomp.models.execution import prepare
+from jaxcomp.models.generate import generate_tokens
 from jaxcomp.models.likelihood import make_request, score
 from jaxcomp.models.text import Encode, encode_text, prefix_token
 
@@ -132,7 +133,7 @@ def harness_model(
             return total.tolist()
 
         def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-            whole = model.replace(blocks=tuple(iter_blocks(model)))
+            whole = prepare(model)
             prompts = [self.tok_encode(request.args[0]) for request in requests]
             plans = [_plan(request.args[1], model_utils) for request in requests]
             texts = [""] * len(requests)
@@ -226,10 +227,6 @@ def _generate(
             f"{limit}; it may be 1 to {limit - 1}"
         )
     prompts = [prompt[-room:] for prompt in prompts]
-    width = max(map(len, prompts))
-    tokens, valid = np.zeros((len(prompts), width), np.int32), np.zeros((len(prompts), width), bool)
-    for i, prompt in enumerate(prompts):
-        tokens[i, width - len(prompt) :], valid[i, width - len(prompt) :] = prompt, True
     added = tokenizer.get_added_vocab()  # a stop string may be a token that no text shows
     stops = [added[stop] for stop in plan["until"] if stop in added]
     ends = [*model.config.eos_token_ids, tokenizer.eos_token_id, *stops]
@@ -248,7 +245,7 @@ def _generate(
             ids.append(token)
         return all(text_of(ids)[1] for ids in new)
 
-    generate_greedy(model, tokens, plan["max_gen_toks"], ends, all_over, valid)
+    generate_tokens(model, prompts, plan["max_gen_toks"], eos_ids=ends, on_token=all_over)
     return [text_of(ids)[0] for ids in new]
 
 

@@ -106,6 +106,23 @@ def empty_rows(
     )
 
 
+def resized(cache: Cache, capacity: int) -> Cache:
+    """The cache with room for `capacity` tokens, no fewer than it has; the new slots are empty."""
+    more = capacity - cache.valid.shape[1]
+    add = lambda a, axis: jnp.pad(a, [(0, more * (i == axis)) for i in range(a.ndim)])  # noqa: E731
+    return cache.replace(
+        layers=jax.tree.map(lambda a: add(a, 2), cache.layers),
+        positions=add(cache.positions, 1),
+        valid=add(cache.valid, 1),
+    )
+
+
+def rewound(cache: Cache, length: Int[Array, ""]) -> Cache:
+    """The cache as it was when `length` of its slots were filled."""
+    kept = jnp.arange(cache.valid.shape[1]) < length
+    return cache.replace(valid=cache.valid & kept, length=length)
+
+
 def packed_sites(cache: LayerCache | None) -> tuple[str, ...]:
     """The sites whose codes the cache keeps."""
     kept = () if cache is None else (("k_cache", cache.k), ("v_cache", cache.v))

@@ -1,78 +1,250 @@
-"""Greedy generation: one prefill, then one compiled step per token with a donated cache.
+"""Generation: prompts in, the tokens that follow each of them out.
 
-Prompts are padded on the left to a multiple of `BUCKET` tokens and the cache to another, so that
-prompts of similar length share their two compilations.
+`generate_tokens` is for prompts that are known at once, `Conversation` for prompts each of which
+begins as the one before went on. The work is `Session`'s; here sequences end and are collected.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Bool, Int
 
-from jaxcomp.kv.cache import Cache
-from jaxcomp.models.decoder import Decoder, empty_cache, extend, iter_blocks
+from jaxcomp.models.decoder import Decoder
+from jaxcomp.models.execution import prepare
+from jaxcomp.models.finite import explain_not_finite
+from jaxcomp.models.rope import depends_on_length
+from jaxcomp.models.sampling import Sampling
+from jaxcomp.models.session import NOT_FINITE, Session
 
-BUCKET = 64
+Stop = Literal["end", "length", "caller"]
+OnToken = Callable[[np.ndarray], bool | None]
 
 
-def generate_greedy(
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """What a generation took, on the clock of the host.
+
+    Attributes:
+      prompt_tokens: fed, without padding and without those that a cache held already.
+      new_tokens: of all sequences.
+      first_token_seconds: until the first token of every sequence was there, compiling included.
+      decode_tokens, decode_seconds: those after the first, and their time without compiling.
+      compilations, compile_seconds: programs compiled or read from the compilation cache.
+    """
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    first_token_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    compilations: int = 0
+    compile_seconds: float = 0.0
+
+    def __add__(self, other: "Speed") -> "Speed":
+        """Of two generations, one after the other; the first token is the earlier one's."""
+        both = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        first = self.first_token_seconds or other.first_token_seconds
+        return dataclasses.replace(Speed(*(a + b for a, b in both)), first_token_seconds=first)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Generated:
+    """What follows each prompt.
+
+    Attributes:
+      tokens: of each prompt the new ones, int32, the token that ended it included.
+      stops: why each ended: at an end token, at `max_tokens`, or because the caller said so.
+    """
+
+    tokens: tuple[np.ndarray, ...]
+    stops: tuple[Stop, ...]
+    speed: Speed
+
+
+def generate_tokens(
     model: Decoder,
-    tokens: Int[np.ndarray, "batch time"],
+    prompts: Sequence[Sequence[int] | np.ndarray] | Int[np.ndarray, "batch time"],
     max_tokens: int,
+    *,
     eos_ids: Sequence[int] = (),
-    on_token: Callable[[np.ndarray], bool | None] | None = None,
+    sampling: Sampling = Sampling(),
+    on_token: OnToken | None = None,
     valid: Bool[np.ndarray, "batch time"] | None = None,
-) -> Int[np.ndarray, "batch new"]:
-    """The most likely continuation of each prompt, token by token.
+    rows: Sequence[int] | None = None,
+) -> Generated:
+    """Continues every prompt, greedily or by `sampling`; all of them are one batch.
+
+    The batch is padded to a power of two, so that few sizes are compiled.
 
     Args:
-      model: blocks behind handles are loaded; the whole model is then in memory.
-      tokens: prompts; with `valid`, padded on the left.
-      max_tokens: how many to generate at most.
-      eos_ids: a sequence is over at any of these; it is then filled with the first of them.
-      on_token: called with the newest token of each sequence, int32 `[batch]`; True ends it all.
-
-    Returns:
-      The new tokens, cut where all sequences are over.
+      model: any; unless it is already, it is loaded and prepared for the kernels of the device
+        (`models.execution.prepare`).
+      prompts: token ids of each, of any lengths; or an array, whose padding on either side `valid`
+        marks with False.
+      max_tokens: new tokens of a sequence at most.
+      eos_ids: a sequence is over at any of these.
+      on_token: called with the newest token of each sequence, int32 `[batch]`, where one that is
+        over repeats its last; True ends them all.
+      rows: numbers of the prompts, by which they draw their random numbers; by default 0, 1 …
+        With the same number a prompt is continued alike in any batch.
 
     Raises:
-      ValueError: empty prompt, or prompt and `max_tokens` beyond the model's context.
+      ValueError: an empty prompt, a prompt and `max_tokens` beyond the model's context, or logits
+        that are not finite; then the message names the first block that gives no numbers.
     """
-    batch, time = tokens.shape
+    if valid is not None:
+        prompts = [row[real] for row, real in zip(prompts, valid, strict=True)]
+    prompts = [np.asarray(ids, np.int32) for ids in prompts]
+    for i, ids in enumerate(prompts):
+        check_length(model, len(ids), max_tokens, f"prompt {i}" if len(prompts) > 1 else "prompt")
+    if not prompts:
+        return Generated((), (), Speed())
+    model = prepare(model)
+    longest = max(map(len, prompts))
+    batch = 1 << (len(prompts) - 1).bit_length()
+    session = Session(
+        model,
+        batch,
+        horizon=longest + max_tokens,
+        sampling=sampling,
+        eos_ids=eos_ids,
+        rows=_fill(list(range(len(prompts)) if rows is None else rows), batch),
+    )
+    return _run(session, prompts, prompts, max_tokens, eos_ids, on_token)
+
+
+class Conversation:
+    """Prompts each of which goes on where the one before ended, over one cache.
+
+    What a prompt shares with the tokens in the cache is not computed again.
+    """
+
+    def __init__(
+        self, model: Decoder, sampling: Sampling = Sampling(), eos_ids: Sequence[int] = ()
+    ):
+        self._session = Session(prepare(model), 1, sampling=sampling, eos_ids=eos_ids)
+        self._eos_ids = eos_ids
+        self._ids: list[int] = []  # tokens in the cache
+        self._ends: list[int] = []  # slots filled when each of them was there
+
+    def reply(
+        self, ids: Sequence[int], max_tokens: int, on_token: OnToken | None = None
+    ) -> Generated:
+        """What follows `ids`, the whole conversation so far; as `generate_tokens` gives it."""
+        session, ids = self._session, list(map(int, ids))
+        check_length(session.model, len(ids), max_tokens, "conversation")
+        shared = self._shared(ids)
+        session.rewind(self._ends[shared - 1] if shared else 0)
+        session.horizon = len(ids) + max_tokens
+        self._ids, self._ends = self._ids[:shared], self._ends[:shared]
+        rest, whole = np.asarray(ids[shared:], np.int32), np.asarray(ids, np.int32)
+        try:
+            found = _run(session, [rest], [whole], max_tokens, self._eos_ids, on_token)
+        except BaseException:  # an interrupt, too: what the cache holds is then unknown
+            self._ids, self._ends = [], []
+            raise
+        (new,) = found.tokens
+        fed = [*rest.tolist(), *new[:-1].tolist()]  # the last one was chosen and not fed
+        end = session.prompt_end
+        self._ids += fed
+        self._ends += range(end - len(rest) + 1, end + len(new))
+        return found
+
+    def _shared(self, ids: list[int]) -> int:
+        """Leading tokens that need not be fed again; the last one always is, for its logits."""
+        if any(depends_on_length(b.attn.rope) for b in self._session.model.blocks):
+            return 0
+        pairs = zip(self._ids, ids[:-1], strict=False)
+        return next(
+            (i for i, (a, b) in enumerate(pairs) if a != b), min(len(self._ids), len(ids) - 1)
+        )
+
+
+def check_length(model: Decoder, length: int, max_tokens: int, what: str = "prompt") -> None:
+    """Refuses what does not fit into the model's context.
+
+    Raises:
+      ValueError: with the lengths, and what would fit.
+    """
     limit = model.config.context_length
-    if time == 0:
-        raise ValueError("the prompt has no tokens; give at least one, a BOS token for example")
-    if max_tokens < 1 or time + max_tokens > limit:
+    if length == 0:
+        raise ValueError(f"the {what} has no tokens; give at least one, a BOS token for example")
+    if length >= limit:
         raise ValueError(
-            f"a prompt of {time} tokens and max_tokens={max_tokens} do not fit the model's context "
-            f"of {limit}; max_tokens may be 1..{limit - time}"
+            f"the {what} has {length} tokens, and the model's context of {limit} leaves none to "
+            f"generate; shorten it to {limit - 1} tokens or fewer"
         )
-    model = jax.device_put(model.replace(blocks=tuple(iter_blocks(model))))
-    pad = -time % BUCKET
-    valid = np.ones((batch, time), bool) if valid is None else valid
-    tokens, valid = (np.pad(a, ((0, 0), (pad, 0))) for a in (tokens, valid))
-    capacity, horizon = time + pad + max_tokens + (-max_tokens % BUCKET), time + max_tokens
-    cache = empty_cache(model, batch, capacity, horizon)
-    token, cache = _next_token(model, jnp.asarray(tokens, jnp.int32), cache, jnp.asarray(valid))
-    out, over = [], np.zeros(batch, bool)
-    while True:
-        newest = np.where(over, eos_ids[0] if len(eos_ids) else 0, np.asarray(token))
-        out.append(newest.astype(np.int32))
-        enough = on_token is not None and on_token(out[-1])
-        over |= np.isin(newest, eos_ids)
-        if enough or over.all() or len(out) == max_tokens:
-            return np.stack(out, axis=1)
-        token, cache = _next_token(
-            model, jnp.asarray(newest[:, None], jnp.int32), cache, jnp.ones((batch, 1), bool)
+    if max_tokens < 1 or length + max_tokens > limit:
+        raise ValueError(
+            f"a {what} of {length} tokens and max_tokens={max_tokens} do not fit the model's "
+            f"context of {limit}; max_tokens may be 1..{limit - length}"
         )
 
 
-@functools.partial(jax.jit, donate_argnames="cache")
-def _next_token(
-    model: Decoder, tokens: Int[Array, "batch time"], cache: Cache, valid: Bool[Array, "batch time"]
-) -> tuple[Int[Array, " batch"], Cache]:
-    logits, cache = extend(model, tokens, cache, valid, last_only=True)
-    return jnp.argmax(logits[:, -1], axis=-1), cache
+def _run(
+    session: Session,
+    prompts: list[np.ndarray],
+    whole: list[np.ndarray],
+    max_tokens: int,
+    eos_ids: Sequence[int],
+    on_token: OnToken | None,
+) -> Generated:
+    """Feeds the prompts and collects what follows; `whole` are they and what the cache held."""
+    start, eos_ids = time.perf_counter(), set(eos_ids)
+    compiled = session.compilations, session.compile_seconds
+    new: list[list[int]] = [[] for _ in prompts]
+    stops: list[Stop | None] = [None] * len(prompts)
+    before = whole[0][: len(whole[0]) - len(prompts[0])].tolist()
+    first = session.prefill(*_padded(prompts, session.batch), max_tokens - 1, before)
+    for newest in _as_they_come(session, first, max_tokens):
+        if not new[0]:
+            first_at, first_compile = time.perf_counter(), session.compile_seconds
+        newest = newest[: len(prompts)]
+        for i in (i for i, stop in enumerate(stops) if stop is None):
+            if newest[i] == NOT_FINITE:
+                ids = np.concatenate([whole[i], np.asarray(new[i], np.int32)])
+                raise ValueError(explain_not_finite(session.model, ids))
+            new[i].append(int(newest[i]))
+            stops[i] = "end" if new[i][-1] in eos_ids else None
+        if (on_token is not None and on_token(newest)) or None not in stops:
+            break
+    finished = "length" if len(max(new, key=len)) == max_tokens else "caller"
+    total = sum(map(len, new))
+    speed = Speed(
+        prompt_tokens=sum(map(len, prompts)),
+        new_tokens=total,
+        first_token_seconds=first_at - start,
+        decode_tokens=total - len(prompts),
+        decode_seconds=time.perf_counter() - first_at - (session.compile_seconds - first_compile),
+        compilations=session.compilations - compiled[0],
+        compile_seconds=session.compile_seconds - compiled[1],
+    )
+    tokens = tuple(np.asarray(ids, np.int32) for ids in new)
+    return Generated(tokens, tuple(stop or finished for stop in stops), speed)
+
+
+def _as_they_come(session: Session, first: jax.Array, count: int) -> Iterator[np.ndarray]:
+    """Up to `count` newest tokens of all sequences; each is read while the next step runs."""
+    yield np.asarray(first)  # before the step is compiled
+    pending = session.step() if count > 1 else None
+    for left in range(count - 2, -1, -1):
+        following = session.step() if left else None
+        yield np.asarray(pending)
+        pending = following
+
+
+def _padded(prompts: list[np.ndarray], batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts side by side, padded on the left, and rows without any token up to `batch`."""
+    width = max(map(len, prompts))
+    tokens, valid = np.zeros((batch, width), np.int32), np.zeros((batch, width), bool)
+    for i, ids in enumerate(prompts):
+        tokens[i, width - len(ids) :], valid[i, width - len(ids) :] = ids, True
+    return tokens, valid
+
+
+def _fill(rows: list[int], batch: int) -> list[int]:
+    return rows + [0] * (batch - len(rows))

@@ -61,6 +61,11 @@ def turned_channels(rope: Rope, head_dim: int) -> int:
     return int(head_dim * rope.partial)
 
 
+def depends_on_length(rope: Rope) -> bool:
+    """Whether the angle at a position depends on how long the sequence is or will be."""
+    return rope.kind in ("dynamic", "longrope")
+
+
 def rope_tables(
     rope: Rope,
     head_dim: int,

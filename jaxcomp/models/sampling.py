@@ -68,7 +68,7 @@ class Sampling:
 
 def sample(
     logits: Float[Array, "batch vocab"],
-    keys: Key[Array, " batch"],
+    keys: Key[Array, " batch"] | None,
     settings: Sampling = Sampling(),
     seen: Bool[Array, "batch vocab"] | None = None,
 ) -> Int[Array, " batch"]:
@@ -76,7 +76,7 @@ def sample(
 
     Args:
       logits: of the next token, float32.
-      keys: one a row; unused where `settings` is greedy.
+      keys: one a row; None will do where `settings` is greedy.
       seen: tokens that the repetition penalty falls on; None for none.
     """
     logits = filtered(logits, settings, seen)

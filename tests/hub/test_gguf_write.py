@@ -24,7 +24,7 @@ from jaxcomp.hub.tokenizer import load_tokenizer
 from jaxcomp.hub.write import ExportSource
 from jaxcomp.models.anatomy import anatomy
 from jaxcomp.models.decoder import forward, load_block, map_blocks
-from jaxcomp.models.generate import generate_greedy
+from jaxcomp.models.generate import generate_tokens
 
 KEY = jax.random.key(0)
 FIELDS = dict(intermediate_size=64)  # rows of whole 32-blocks
@@ -428,5 +428,5 @@ def test_a_real_model_generates_the_same_through_transformers(spec, tmp_path):
     theirs.generation_config.eos_token_id = None  # all 32 tokens are compared
     ids = tokenizer("The Atlantic Ocean is", return_tensors="pt").input_ids
     wanted = theirs.generate(ids, max_new_tokens=32, do_sample=False)[0, ids.shape[1] :].tolist()
-    found = generate_greedy(model, ids.numpy(), 32)[0].tolist()
+    found = generate_tokens(model, ids.numpy(), 32).tokens[0].tolist()
     assert found == wanted and len(found) == 32

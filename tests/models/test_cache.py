@@ -13,7 +13,7 @@ from jaxcomp.kv.cache import PackedRows, append, read_rows
 from jaxcomp.models.decoder import empty_cache, empty_layer, extend, forward, map_blocks
 from jaxcomp.models.families import FAMILIES
 from jaxcomp.models.fold import rotate_keys
-from jaxcomp.models.generate import generate_greedy
+from jaxcomp.models.generate import generate_tokens
 from jaxcomp.models.sizes import cache_sizes
 from tests import tiny
 
@@ -113,7 +113,7 @@ def test_generation_through_a_packed_cache_is_that_of_the_simulation():
     quantizer = ActQuantizer(head(4))
     model = quantized(tiny.model("mistral", jax.random.key(0)), quantizer, quantizer)
     prompts = np.asarray(tiny.tokens(jax.random.key(2), 2, 9))
-    found = generate_greedy(model, prompts, 5)
+    found = generate_tokens(model, prompts, 5).tokens
     ids = prompts
     for _ in range(5):
         padded = np.pad(ids, ((0, 0), (0, 14 - ids.shape[1])))
