@@ -41,7 +41,6 @@ namespace {
 
 constexpr int kRegisters = 4;
 constexpr int kPanel = 16 * kRegisters;
-constexpr int kSpins = 20000;  // pauses, a few hundred microseconds
 
 // ---------------------------------------------------------------------------------------- threads
 
@@ -52,73 +51,81 @@ class Pool {
     return *pool;
   }
 
-  int threads() const { return static_cast<int>(workers_.size()) + 1; }
+  int threads() const { return workers_ + 1; }
 
   // Calls task(i) for i in 0 .. n-1, shared out among the threads. When another call has the
   // workers, or they stayed behind in the process that forked this one, this one does all of it.
   template <typename Task>
   void run(int n, const Task& task) {
     std::unique_lock<std::mutex> mine(busy_, std::try_to_lock);
-    if (n < 2 || workers_.empty() || !mine.owns_lock() || getpid() != owner_) {
+    if (n < 2 || n > kMaxTasks || !workers_ || !mine.owns_lock() || getpid() != owner_) {
       for (int i = 0; i < n; ++i) task(i);
       return;
     }
     call_ = [](const void* t, int i) { (*static_cast<const Task*>(t))(i); };
     task_ = &task;
-    total_ = n;
-    next_.store(0, std::memory_order_relaxed);
-    running_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
-    round_.fetch_add(1, std::memory_order_release);
+    done_.store(0, std::memory_order_relaxed);
+    const uint64_t round = (state_.load(std::memory_order_relaxed) >> kRoundShift) + 1;
+    state_.store(round << kRoundShift | uint64_t(n) << kTotalShift);
     if (sleeping_.load() > 0) {
       std::lock_guard<std::mutex> lock(sleep_);
       wake_.notify_all();
     }
     work();
-    for (int spin = 0; running_.load(std::memory_order_acquire) > 0; ++spin) {
-      spin < kSpins ? _mm_pause() : static_cast<void>(sched_yield());
-    }
+    for (int spin = 0; done_.load(std::memory_order_acquire) < n; ++spin) pause(spin);
   }
 
  private:
+  // The state is one word, so that a worker that comes late can claim nothing of a call that is
+  // over: the number of the call, its tasks, and how many of them have been claimed.
+  static constexpr int kTotalShift = 20, kRoundShift = 40;
+  static constexpr int kMaxTasks = (1 << 20) - 1;
+  static constexpr int kSpins = 4000;  // pauses, about a hundred microseconds
+
   Pool() {
     cpu_set_t mask;
     int n = sched_getaffinity(0, sizeof(mask), &mask) == 0 ? CPU_COUNT(&mask) : 1;
     if (const char* wanted = std::getenv("JAXCOMP_NATIVE_THREADS")) n = std::atoi(wanted);
-    for (int i = 1; i < std::min(n, 64); ++i) workers_.emplace_back([this] { serve(); });
-    for (auto& worker : workers_) worker.detach();
+    workers_ = std::clamp(n, 1, 64) - 1;
+    for (int i = 0; i < workers_; ++i) std::thread([this] { serve(); }).detach();
+  }
+
+  static void pause(int spin) { spin < kSpins ? _mm_pause() : static_cast<void>(sched_yield()); }
+
+  static bool open(uint64_t state) {
+    return (state & kMaxTasks) < (state >> kTotalShift & kMaxTasks);
   }
 
   void work() {
-    for (int i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < total_;) call_(task_, i);
+    for (uint64_t state = state_.load(); open(state);) {
+      if (!state_.compare_exchange_weak(state, state + 1)) continue;
+      call_(task_, static_cast<int>(state & kMaxTasks));  // valid: the call waits for this task
+      done_.fetch_add(1, std::memory_order_release);
+      state = state_.load();
+    }
   }
 
   void serve() {
-    for (uint64_t seen = 0;;) {
-      for (int spin = 0; round_.load(std::memory_order_acquire) == seen && spin < kSpins; ++spin) {
-        _mm_pause();
-      }
-      if (round_.load(std::memory_order_acquire) == seen) {
+    for (;;) {
+      for (int spin = 0; !open(state_.load()) && spin < kSpins; ++spin) _mm_pause();
+      if (!open(state_.load())) {
         std::unique_lock<std::mutex> lock(sleep_);
         sleeping_.fetch_add(1);
-        wake_.wait(lock, [&] { return round_.load(std::memory_order_acquire) != seen; });
+        wake_.wait(lock, [&] { return open(state_.load()); });
         sleeping_.fetch_sub(1);
       }
-      // Every round waits for all workers, so none is ever skipped.
-      ++seen;
       work();
-      running_.fetch_sub(1, std::memory_order_release);
     }
   }
 
   const pid_t owner_ = getpid();
-  std::vector<std::thread> workers_;
+  int workers_ = 0;
   std::mutex busy_, sleep_;
   std::condition_variable wake_;
-  std::atomic<uint64_t> round_{0};
-  std::atomic<int> next_{0}, running_{0}, sleeping_{0};
+  std::atomic<uint64_t> state_{0};
+  std::atomic<int> done_{0}, sleeping_{0};
   void (*call_)(const void*, int) = nullptr;
   const void* task_ = nullptr;
-  int total_ = 0;
 };
 
 // ------------------------------------------------------------------------------- quantized weights
