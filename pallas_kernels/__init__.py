@@ -9,6 +9,7 @@ from pallas_kernels.prepare import prepare
 from pallas_kernels.quant_decode_attention import quant_decode_attention
 from pallas_kernels.quant_matmul import quant_matmul
 from pallas_kernels.quant_matmul_int import quant_matmul_int
+from pallas_kernels.quantize_tokens import quantize_tokens
 from pallas_kernels.weight import Weight, canonical_weight
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "quant_decode_attention",
     "quant_matmul",
     "quant_matmul_int",
+    "quantize_tokens",
     "use",
 ]

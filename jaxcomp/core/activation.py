@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int8
 
 from jaxcomp.core.quantize import QuantSpec, activation_range, range_to_grid, round_to_codes
 from jaxcomp.core.struct import node, static
+from pallas_kernels import quantize_tokens
 
 
 @node
@@ -52,6 +53,16 @@ def activation_grid(
     if clip is not None:
         low, high = low * clip[0], high * clip[1]
     return range_to_grid(low, high, spec)
+
+
+def quantize_dynamic(
+    x: Float[Array, "*dims"], spec: QuantSpec, clip: Float[Array, "2"] | None = None
+) -> QActivation:
+    """The codes of `x` on the grid that `activation_grid` measures."""
+    if spec.granularity == "tensor":
+        return quantize_activation(x, *activation_grid(x, spec, clip), spec)
+    grid = quantize_tokens(x, clip, bits=spec.bits, symmetric=spec.symmetric)
+    return QActivation(*grid, spec.bits, x.dtype)
 
 
 def quantize_activation(

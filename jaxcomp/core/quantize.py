@@ -1,9 +1,6 @@
 """`QuantSpec` says which grid, `QTensor` holds codes on it, and these functions go between.
 
-Two integer grids of b bits, with signed codes q in −2^(b−1) … 2^(b−1)−1 on both:
-    symmetric:   s = max|w| / (2^(b−1) − 1),                          w ≈ q·s
-    asymmetric:  range widened to contain 0, s = (max − min)/(2^b − 1),
-                 z = round(−min/s) − 2^(b−1),                          w ≈ (q − z)·s
+The grids are those of `pallas_kernels.grid`, with signed codes also where asymmetric.
 
 Source: Jacob et al., arXiv 1712.05877, Eq. 1; plain min/max range. Searching a smaller range is
 `jaxcomp.solvers.clipping`.
@@ -18,11 +15,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8, UInt8
 
 from jaxcomp.core.struct import node, static, static_value
+from pallas_kernels import grid
 from pallas_kernels.packing import pack, unpack
 from pallas_kernels.weight import dequantize_codes
 
 Granularity = Literal["tensor", "channel", "token", "head"]
-MIN_SCALE = 1e-12  # a constant-zero group gets this step; its codes are 0 all the same
 
 
 @static_value
@@ -195,22 +192,12 @@ def n_groups(in_ch: int, spec: QuantSpec) -> int:
 
 def range_to_grid(low: Array, high: Array, spec: QuantSpec) -> tuple[Array, Array | None]:
     """The grid that just covers [low, high]; float32 scale, int8 zero point or None."""
-    low, high = low.astype(jnp.float32), high.astype(jnp.float32)
-    if spec.symmetric:
-        amax = jnp.maximum(jnp.abs(low), jnp.abs(high))
-        return jnp.maximum(amax / spec.qmax, MIN_SCALE), None
-    low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
-    scale = jnp.maximum((high - low) / (2**spec.bits - 1), MIN_SCALE)
-    zero_point = jnp.clip(jnp.round(-low / scale) + spec.qmin, spec.qmin, spec.qmax)
-    return scale, zero_point.astype(jnp.int8)
+    return grid.range_to_grid(low, high, spec.bits, spec.symmetric)
 
 
 def round_to_codes(x: Array, scale: Array, zero_point: Array | None, spec: QuantSpec) -> Array:
     """Nearest code of each entry, int8; `scale` and `zero_point` broadcast against `x`."""
-    q = jnp.round(x.astype(jnp.float32) / scale)
-    if zero_point is not None:
-        q = q + zero_point.astype(jnp.float32)
-    return jnp.clip(q, spec.qmin, spec.qmax).astype(jnp.int8)
+    return grid.round_to_codes(x, scale, zero_point, spec.bits)
 
 
 def fake_quantize(

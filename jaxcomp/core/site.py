@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 
 from jaxtyping import Array, Float
 
-from jaxcomp.core.activation import QActivation, activation_grid, as_float, quantize_activation
+from jaxcomp.core.activation import QActivation, as_float, quantize_activation, quantize_dynamic
 from jaxcomp.core.quantize import QuantSpec, fake_quantize, fake_quantize_with
 from jaxcomp.core.struct import node, static
 from jaxcomp.core.transforms import Transform, transform
@@ -91,8 +91,9 @@ def quantize_site(
 def codes_of(q: ActQuantizer, x: Float[Array, "*dims"] | QActivation) -> QActivation:
     """The codes of `x`, whatever the execution; `as_float` of them is the simulated activation."""
     x = as_float(x)
-    grid = activation_grid(x, q.spec, q.clip) if q.spec.dynamic else (q.scale, q.zero_point)
-    return quantize_activation(x, *grid, q.spec)
+    if not q.spec.dynamic:
+        return quantize_activation(x, q.scale, q.zero_point, q.spec)
+    return quantize_dynamic(x, q.spec, q.clip)
 
 
 def site_tap(sites: Mapping[str, Site], as_codes: Collection[str] = ()) -> Tap:

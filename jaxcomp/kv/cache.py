@@ -8,7 +8,7 @@ the site gives are what is kept, and attention reads `(q − z)·s`, the number 
 to. K and V may differ in form and width.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +143,27 @@ def append(
 
     new = LayerCache(_as_stored(cache.k, k), _as_stored(cache.v, v))
     return jax.tree.map(put, cache, new)
+
+
+class GridRows(NamedTuple):
+    """Rows as `pallas_kernels.quant_decode_attention` takes them; floats have no scale."""
+
+    rows: Float[Array, "batch kv_head capacity head_dim"] | UInt8[Array, "batch kv_head capacity _"]
+    scale: Float[Array, "batch kv_head capacity"] | None = None
+    zero_point: Int8[Array, "batch kv_head capacity"] | None = None
+    bits: int = 8
+
+
+def grid_rows(
+    rows: Float[Array, "batch kv_head capacity head_dim"] | PackedRows,
+) -> GridRows | None:
+    """The rows for that kernel; None where their grid is static, which is the site's to apply."""
+    if not isinstance(rows, PackedRows):
+        return GridRows(rows)
+    if rows.scale is None:
+        return None
+    zero = None if rows.zero_point is None else rows.zero_point[..., 0]
+    return GridRows(rows.packed, rows.scale[..., 0], zero, rows.bits)
 
 
 def read_rows(

@@ -14,9 +14,10 @@ from jaxcomp.core.activation import QActivation
 from jaxcomp.core.linear import Linear, linear
 from jaxcomp.core.site import Tap
 from jaxcomp.core.struct import node, static
-from jaxcomp.kv.cache import LayerCache, append, read_rows
+from jaxcomp.kv.cache import GridRows, LayerCache, append, grid_rows, read_rows
 from jaxcomp.models.layers import JointNorm, RMSNorm, head_norm
 from jaxcomp.models.rope import Rope, rope_tables, rotate
+from pallas_kernels import quant_decode_attention
 
 QUERY_TILE = 128  # queries a tile; see the module docstring
 MAX_TILES = 32  # longer sequences get larger tiles, which bounds the compiled program
@@ -61,6 +62,7 @@ class Context:
       key_positions, key_valid: the same facts for every slot of the cache, or None.
       horizon: positions that the sequences will have in the end, for a rotary embedding that
         depends on it; None for as many as the call shows.
+      starts: the first slot of each sequence that holds a token, where all after it do; else None.
     """
 
     positions: Int[Array, "batch time"]
@@ -69,6 +71,7 @@ class Context:
     key_positions: Int[Array, "batch capacity"] | None = None
     key_valid: Bool[Array, "batch capacity"] | None = None
     horizon: Int[Array, ""] | None = None
+    starts: Int[Array, " batch"] | None = None
 
 
 def plain_context(batch: int, time: int) -> Context:
@@ -102,7 +105,11 @@ def attention(
         y = _attend_prefix(p, q, k, v, ctx)
     else:
         cache = append(cache, k, v, ctx.slot)
-        y = _attend_cache(p, q, read_rows(cache.k, k), read_rows(cache.v, v), ctx)
+        rows = grid_rows(cache.k), grid_rows(cache.v)
+        if q.shape[1] == 1 and ctx.starts is not None and None not in rows:
+            y = _attend_newest(p, q, *rows, ctx)
+        else:
+            y = _attend_cache(p, q, read_rows(cache.k, k), read_rows(cache.v, v), ctx)
     y = y.reshape(*x.shape[:2], p.n_heads * p.head_dim)
     return linear(p.o, tap("attn_out", y)), cache
 
@@ -147,6 +154,20 @@ def _attend_cache(p: GQA, q: Array, k: Array, v: Array, ctx: Context) -> Array:
         distance = ctx.positions[:, :, None] - ctx.key_positions[:, None, :]
         seen = seen & (distance < p.window)
     return _softmax_attend(p, q, k, v, seen)
+
+
+def _attend_newest(p: GQA, q: Array, k: GridRows, v: GridRows, ctx: Context) -> Array:
+    """One query a sequence over slots without gaps, by a kernel that reads codes as they are."""
+    stops = jnp.broadcast_to(ctx.slot + 1, ctx.starts.shape)
+    starts = ctx.starts if p.window is None else jnp.maximum(ctx.starts, stops - p.window)
+    y = quant_decode_attention(
+        q.reshape(len(q), p.n_kv_heads, -1, p.head_dim),
+        *(k.rows, v.rows, starts, stops, k.scale, k.zero_point, v.scale, v.zero_point),
+        scale=p.scale,
+        k_bits=k.bits,
+        v_bits=v.bits,
+    )
+    return y.astype(q.dtype)
 
 
 def _softmax_attend(

@@ -29,7 +29,13 @@ import jaxlib
 log = logging.getLogger(__name__)
 SOURCE = pathlib.Path(__file__).with_name("native.cpp")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread")
-TARGETS = ("jaxcomp_float_product", "jaxcomp_integer_product", "jaxcomp_dense_product")
+TARGETS = (
+    "jaxcomp_float_product",
+    "jaxcomp_integer_product",
+    "jaxcomp_dense_product",
+    "jaxcomp_quantize",
+    "jaxcomp_decode_attention",
+)
 COMPILERS = ("c++", "g++", "clang++")
 BUILD_SECONDS = 300
 

@@ -23,6 +23,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
@@ -461,6 +462,272 @@ ffi::Error DenseProduct(ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, bool transpos
   return ffi::Error::Success();
 }
 
+// ------------------------------------------------------------------------------------ activations
+
+// Codes of each row on its own grid, as `jaxcomp.core.quantize.range_to_grid` and `round_to_codes`
+// define it, operation by operation: the results are equal to the bit.
+AVX512 void quantize_row(const float* x, int64_t n, float c_low, float c_high, int qmax,
+                         bool symmetric, float min_scale, int8_t* codes, float* scale,
+                         int8_t* zero) {
+  __m512 low = _mm512_set1_ps(x[0]), high = low;
+  for (int64_t k = 0; k < n; k += 16) {
+    const __mmask16 mask = static_cast<__mmask16>((1u << std::min<int64_t>(n - k, 16)) - 1);
+    low = _mm512_mask_min_ps(low, mask, low, _mm512_maskz_loadu_ps(mask, x + k));
+    high = _mm512_mask_max_ps(high, mask, high, _mm512_maskz_loadu_ps(mask, x + k));
+  }
+  float least = _mm512_reduce_min_ps(low) * c_low, greatest = _mm512_reduce_max_ps(high) * c_high;
+  float step, z = 0;
+  if (symmetric) {
+    step = std::max(std::max(std::fabs(least), std::fabs(greatest)) / qmax, min_scale);
+  } else {
+    least = std::min(least, 0.0f);
+    greatest = std::max(greatest, 0.0f);
+    step = std::max((greatest - least) / (2 * qmax + 1), min_scale);
+    z = std::nearbyint(-least / step) - qmax - 1;
+    z = std::clamp<float>(z, -qmax - 1, qmax);
+    *zero = static_cast<int8_t>(z);
+  }
+  *scale = step;
+  const __m512 divisor = _mm512_set1_ps(step), shift = _mm512_set1_ps(z);
+  const __m512 bottom = _mm512_set1_ps(-qmax - 1), top = _mm512_set1_ps(qmax);
+  for (int64_t k = 0; k < n; k += 16) {
+    const __mmask16 mask = static_cast<__mmask16>((1u << std::min<int64_t>(n - k, 16)) - 1);
+    __m512 q = _mm512_div_ps(_mm512_maskz_loadu_ps(mask, x + k), divisor);
+    q = _mm512_roundscale_ps(q, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    q = _mm512_min_ps(_mm512_max_ps(_mm512_add_ps(q, shift), bottom), top);
+    _mm512_mask_cvtepi32_storeu_epi8(codes + k, mask, _mm512_cvtps_epi32(q));
+  }
+}
+
+ffi::Error Quantize(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> clip, int64_t bits,
+                    bool symmetric, float min_scale, ffi::ResultBuffer<ffi::S8> codes,
+                    ffi::ResultBuffer<ffi::F32> scale, ffi::ResultBuffer<ffi::S8> zero) {
+  const int64_t rows = x.dimensions()[0], n = x.dimensions()[1];
+  for (int64_t r = 0; r < rows; ++r) {
+    quantize_row(x.typed_data() + r * n, n, clip.typed_data()[0], clip.typed_data()[1],
+                 (1 << (bits - 1)) - 1, symmetric, min_scale, codes->typed_data() + r * n,
+                 scale->typed_data() + r, symmetric ? nullptr : zero->typed_data() + r);
+  }
+  return ffi::Error::Success();
+}
+
+// -------------------------------------------------------------------------------------- attention
+
+// Rows of a cache, 16 numbers at a time. 4-bit codes come apart into those of the low nibbles and
+// those of the high ones, so queries and outputs are put into that order: `place` says which
+// channel is lane i of the row as it is read.
+template <typename T>
+struct FloatRows {
+  const T* data;
+  int64_t dim;
+  AVX512 __m512 read(int64_t row, int64_t c) const { return load(data + row * dim + c, 0xffff); }
+  static int64_t place(int64_t i) { return i; }
+};
+
+struct ByteRows {
+  const uint8_t* data;
+  int64_t dim;
+  AVX512 __m512 read(int64_t row, int64_t c) const {
+    const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(data + row * dim + c));
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
+  }
+  static int64_t place(int64_t i) { return i; }
+};
+
+struct NibbleRows {
+  const uint8_t* data;
+  int64_t dim;
+  AVX512 __m512 read(int64_t row, int64_t c) const {
+    const uint8_t* at = data + row * (dim / 2) + c / 32 * 16;
+    __m512i word = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+    word = _mm512_slli_epi32(word, c % 32 ? 24 : 28);
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(word, 28));
+  }
+  static int64_t place(int64_t i) { return i / 32 * 32 + 2 * (i % 16) + (i % 32) / 16; }
+};
+
+AVX512 inline __m512 exp_ps(__m512 x) {  // for x ≤ 0; relative error below 2e-7
+  x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)),
+                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 0.5f,
+                  1.0f, 1.0f}) {
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+  }
+  return _mm512_scalef_ps(p, n);
+}
+
+struct RowGrid {  // of the rows of one head; null where rows are floats, or symmetric
+  const float* scale;
+  const int8_t* zero;
+};
+
+constexpr int kSlots = 256;  // of a cache that one task looks at
+constexpr int kMaxDim = 256;
+
+// Slots [first, last) of one head and G queries: the highest score, Σ exp and Σ exp · v, with v in
+// the order in which its rows are read.
+template <int G, typename K, typename V>
+AVX512 void attend(const float* q, const K& k, const RowGrid& kg, const V& v, const RowGrid& vg,
+                   int64_t dim, int64_t first, int64_t last, float* highest, float* total,
+                   float* out) {
+  alignas(64) float score[G][kSlots];
+  float q_sum[G];
+  for (int g = 0; g < G; ++g) {
+    q_sum[g] = 0;
+    for (int64_t c = 0; c < dim; ++c) q_sum[g] += q[g * dim + c];
+  }
+  const int64_t n = last - first;
+  for (int64_t s = 0; s < n; ++s) {
+    __m512 sum[G];
+    for (int g = 0; g < G; ++g) sum[g] = _mm512_setzero_ps();
+    for (int64_t c = 0; c < dim; c += 16) {
+      const __m512 row = k.read(first + s, c);
+      for (int g = 0; g < G; ++g)
+        sum[g] = _mm512_fmadd_ps(row, _mm512_loadu_ps(q + g * dim + c), sum[g]);
+    }
+    const float z = kg.zero ? kg.zero[first + s] : 0.0f;
+    const float step = kg.scale ? kg.scale[first + s] : 1.0f;
+    for (int g = 0; g < G; ++g)
+      score[g][s] = (_mm512_reduce_add_ps(sum[g]) - z * q_sum[g]) * step;
+  }
+  float shift[G];
+  for (int g = 0; g < G; ++g) {
+    highest[g] = *std::max_element(score[g], score[g] + n);
+    total[g] = shift[g] = 0;
+    for (int64_t s = 0; s < n; s += 16) {
+      const __mmask16 mask = static_cast<__mmask16>((1u << std::min<int64_t>(n - s, 16)) - 1);
+      const __m512 x = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, score[g] + s),
+                                     _mm512_set1_ps(highest[g]));
+      const __m512 p = _mm512_maskz_mov_ps(mask, exp_ps(x));
+      _mm512_mask_storeu_ps(score[g] + s, mask, p);
+      total[g] += _mm512_reduce_add_ps(p);
+    }
+    for (int64_t s = 0; vg.scale && s < n; ++s) {
+      score[g][s] *= vg.scale[first + s];
+      if (vg.zero) shift[g] += score[g][s] * vg.zero[first + s];
+    }
+  }
+  for (int64_t c = 0; c < dim; c += 16) {
+    __m512 sum[G];
+    for (int g = 0; g < G; ++g) sum[g] = _mm512_set1_ps(-shift[g]);
+    for (int64_t s = 0; s < n; ++s) {
+      const __m512 row = v.read(first + s, c);
+      for (int g = 0; g < G; ++g)
+        sum[g] = _mm512_fmadd_ps(row, _mm512_set1_ps(score[g][s]), sum[g]);
+    }
+    for (int g = 0; g < G; ++g) _mm512_storeu_ps(out + g * dim + c, sum[g]);
+  }
+}
+
+template <typename K, typename V>
+void attend_group(int group, const float* q, const K& k, const RowGrid& kg, const V& v,
+                  const RowGrid& vg, int64_t dim, int64_t first, int64_t last, float* highest,
+                  float* total, float* out) {
+  for (int g = 0; g < group;) {
+#define CALL(G)                                                                           \
+  attend<G>(q + g * dim, k, kg, v, vg, dim, first, last, highest + g, total + g, out + g * dim)
+    switch (std::min(group - g, 4)) {
+      case 1: CALL(1); g += 1; break;
+      case 2: CALL(2); g += 2; break;
+      case 3: CALL(3); g += 3; break;
+      default: CALL(4); g += 4;
+    }
+#undef CALL
+  }
+}
+
+struct Attention {
+  int64_t batch, heads, group, slots, dim;
+  const float* q;
+  const int32_t *starts, *stops;
+  const float *k_scale, *v_scale;
+  const int8_t *k_zero, *v_zero;
+  float scale;
+  float* out;
+};
+
+template <typename K, typename V, typename KData, typename VData>
+void attention(const Attention& a, const KData* k, int64_t k_row, const VData* v, int64_t v_row) {
+  const int64_t chunks = (a.slots + kSlots - 1) / kSlots, queries = a.batch * a.heads * a.group;
+  // Of each chunk: [chunks][queries] highest, total; [chunks][queries][dim] outputs.
+  std::vector<float> arranged(queries * a.dim), highest(chunks * queries, -INFINITY),
+      total(chunks * queries), out(chunks * queries * a.dim);
+  for (int64_t i = 0; i < queries; ++i)
+    for (int64_t c = 0; c < a.dim; ++c)
+      arranged[i * a.dim + c] = a.q[i * a.dim + K::place(c)] * a.scale;
+  Pool::get().run(static_cast<int>(a.batch * a.heads * chunks), [&](int task) {
+    const int64_t chunk = task % chunks, head = task / chunks, b = head / a.heads;
+    const int64_t first = std::max<int64_t>(a.starts[b], chunk * kSlots);
+    const int64_t last = std::min({int64_t{a.stops[b]}, (chunk + 1) * kSlots, a.slots});
+    if (first >= last) return;
+    const int64_t row = head * a.slots, i = chunk * queries + head * a.group;
+    auto at = [&](auto* p) { return p ? p + row : nullptr; };
+    attend_group(static_cast<int>(a.group), arranged.data() + head * a.group * a.dim,
+                 K{k + row * k_row, a.dim}, RowGrid{at(a.k_scale), at(a.k_zero)},
+                 V{v + row * v_row, a.dim}, RowGrid{at(a.v_scale), at(a.v_zero)}, a.dim, first,
+                 last, &highest[i], &total[i], &out[i * a.dim]);
+  });
+  for (int64_t i = 0; i < queries; ++i) {
+    float top = -INFINITY, sum = 0;
+    for (int64_t c = 0; c < chunks; ++c) top = std::max(top, highest[c * queries + i]);
+    alignas(64) float y[kMaxDim] = {};
+    for (int64_t c = 0; c < chunks; ++c) {
+      const int64_t at = c * queries + i;
+      if (highest[at] == -INFINITY) continue;
+      const float weight = std::exp(highest[at] - top);
+      sum += weight * total[at];
+      for (int64_t d = 0; d < a.dim; ++d) y[d] += weight * out[at * a.dim + d];
+    }
+    for (int64_t d = 0; d < a.dim; ++d) {
+      a.out[i * a.dim + V::place(d)] = sum > 0 ? y[d] / sum : 0.0f;
+    }
+  }
+}
+
+template <typename K, typename KData>
+ffi::Error attention_with(const Attention& a, const KData* k, int64_t k_row,
+                          const ffi::AnyBuffer& v, int64_t v_bits) {
+  const void* data = v.untyped_data();
+  if (v.element_type() == ffi::DataType::F32) {
+    attention<K, FloatRows<float>>(a, k, k_row, static_cast<const float*>(data), a.dim);
+  } else if (v.element_type() == ffi::DataType::BF16) {
+    attention<K, FloatRows<uint16_t>>(a, k, k_row, static_cast<const uint16_t*>(data), a.dim);
+  } else if (v_bits == 8) {
+    attention<K, ByteRows>(a, k, k_row, static_cast<const uint8_t*>(data), a.dim);
+  } else {
+    attention<K, NibbleRows>(a, k, k_row, static_cast<const uint8_t*>(data), a.dim / 2);
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error DecodeAttention(ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                           ffi::Buffer<ffi::S32> starts, ffi::Buffer<ffi::S32> stops,
+                           ffi::AnyBuffer k_scale, ffi::AnyBuffer k_zero, ffi::AnyBuffer v_scale,
+                           ffi::AnyBuffer v_zero, float scale, int64_t k_bits, int64_t v_bits,
+                           ffi::ResultBuffer<ffi::F32> y) {
+  const auto shape = q.dimensions();
+  const Attention a{shape[0], shape[1], shape[2], k.dimensions()[2], shape[3], q.typed_data(),
+                    starts.typed_data(), stops.typed_data(), data_or_null<float>(k_scale),
+                    data_or_null<float>(v_scale), data_or_null<int8_t>(k_zero),
+                    data_or_null<int8_t>(v_zero), scale, y->typed_data()};
+  if (a.dim > kMaxDim) return ffi::Error::InvalidArgument("head_dim above 256");
+  const void* data = k.untyped_data();
+  if (k.element_type() == ffi::DataType::F32) {
+    return attention_with<FloatRows<float>>(a, static_cast<const float*>(data), a.dim, v, v_bits);
+  }
+  if (k.element_type() == ffi::DataType::BF16) {
+    return attention_with<FloatRows<uint16_t>>(a, static_cast<const uint16_t*>(data), a.dim, v,
+                                               v_bits);
+  }
+  const uint8_t* codes = static_cast<const uint8_t*>(data);
+  if (k_bits == 8) return attention_with<ByteRows>(a, codes, a.dim, v, v_bits);
+  return attention_with<NibbleRows>(a, codes, a.dim / 2, v, v_bits);
+}
+
 }  // namespace
 
 extern "C" int jaxcomp_native_supported() {
@@ -498,4 +765,31 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomp_dense_product, DenseProduct,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Attr<bool>("transposed")
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomp_quantize, Quantize,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("bits")
+                                  .Attr<bool>("symmetric")
+                                  .Attr<float>("min_scale")
+                                  .Ret<ffi::Buffer<ffi::S8>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::S8>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomp_decode_attention, DecodeAttention,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Attr<float>("scale")
+                                  .Attr<int64_t>("k_bits")
+                                  .Attr<int64_t>("v_bits")
                                   .Ret<ffi::Buffer<ffi::F32>>());

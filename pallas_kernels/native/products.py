@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8
+import numpy as np
+from jaxtyping import Array, Float, Int, Int8
 
+from pallas_kernels.grid import MIN_SCALE
 from pallas_kernels.native import library
 from pallas_kernels.native.panels import stored_bits
 from pallas_kernels.weight import Weight
@@ -49,6 +51,52 @@ def dense_product(
     out = jax.ShapeDtypeStruct((len(x), w.shape[0 if transposed else 1]), jnp.float32)
     call = jax.ffi.ffi_call("jaxcomp_dense_product", out, **MAPPED)
     return call(x.astype(jnp.float32), w, transposed=transposed)
+
+
+def quantize(
+    x: Float[Array, "rows channels"], clip: Float[Array, "2"] | None, bits: int, symmetric: bool
+) -> tuple[Array, Array, Array]:
+    """Codes, scales and zero points of each row; without meaning where symmetric."""
+    library.require()
+    rows = len(x)
+    shapes = (x.shape, jnp.int8), ((rows,), jnp.float32), ((rows,), jnp.int8)
+    call = jax.ffi.ffi_call(
+        "jaxcomp_quantize", [jax.ShapeDtypeStruct(*s) for s in shapes], **MAPPED
+    )
+    clip = jnp.ones(2, jnp.float32) if clip is None else clip.astype(jnp.float32)
+    x = x.astype(jnp.float32)
+    return call(x, clip, bits=bits, symmetric=symmetric, min_scale=np.float32(MIN_SCALE))
+
+
+def decode_attention(
+    q: Float[Array, "batch kv_head group head_dim"],
+    k: Array,
+    v: Array,
+    starts: Int[Array, " batch"],
+    stops: Int[Array, " batch"],
+    k_scale: Array | None,
+    k_zero: Array | None,
+    v_scale: Array | None,
+    v_zero: Array | None,
+    scale: float,
+    k_bits: int,
+    v_bits: int,
+) -> Float[Array, "batch kv_head group head_dim"]:
+    """See `pallas_kernels.quant_decode_attention.quant_decode_attention`; float32."""
+    library.require()
+    out = jax.ShapeDtypeStruct(q.shape, jnp.float32)
+    call = jax.ffi.ffi_call("jaxcomp_decode_attention", out, **MAPPED)
+    return call(
+        q.astype(jnp.float32),
+        k,
+        v,
+        starts.astype(jnp.int32),
+        stops.astype(jnp.int32),
+        *map(_or_none, (k_scale, k_zero, v_scale, v_zero)),
+        scale=np.float32(scale),
+        k_bits=k_bits,
+        v_bits=v_bits,
+    )
 
 
 def _result(x: Array, w: Weight) -> jax.ShapeDtypeStruct:
