@@ -18,15 +18,14 @@ MAY_IMPORT = {
     "jaxcomp": (),  # __init__.py: names are imported on first use, by importlib
     "jaxcomp.core": ("jaxcomp.core",),
     "jaxcomp.core.quantize": ("jaxcomp.core", "pallas_kernels"),
+    "jaxcomp.core.activation": ("jaxcomp.core", "pallas_kernels"),
     "jaxcomp.core.linear": ("jaxcomp.core", "pallas_kernels"),
     "jaxcomp.core.transforms": ("jaxcomp.core", "pallas_kernels"),
     "jaxcomp.core.qarray": ("jaxcomp.core", "pallas_kernels.packing"),
     "jaxcomp.solvers": ("jaxcomp.core", "pallas_kernels.packing"),
     "jaxcomp.kv": ("jaxcomp.core", "pallas_kernels.packing"),
     "jaxcomp.parallel": (),
-    "jaxcomp.models": ("jaxcomp.core", "jaxcomp.kv", "jaxcomp.parallel"),
-    "jaxcomp.models.execution": ("jaxcomp.models", "jaxcomp.core", "pallas_kernels"),
-    "jaxcomp.models.attention": ("jaxcomp.models", "jaxcomp.core", "jaxcomp.kv", "pallas_kernels"),
+    "jaxcomp.models": ("jaxcomp.core", "jaxcomp.kv", "jaxcomp.parallel", "pallas_kernels"),
     "jaxcomp.hub": ("jaxcomp.models", "jaxcomp.core"),
     "jaxcomp.data": (),
     "jaxcomp.calibrate": (

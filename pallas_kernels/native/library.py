@@ -14,6 +14,7 @@ Environment:
 import ctypes
 import functools
 import hashlib
+import importlib.metadata
 import logging
 import os
 import pathlib
@@ -24,7 +25,6 @@ import sys
 import tempfile
 
 import jax
-import jaxlib
 
 log = logging.getLogger(__name__)
 SOURCE = pathlib.Path(__file__).with_name("native.cpp")
@@ -87,7 +87,7 @@ def _load() -> ctypes.CDLL:
     if compiler is None:
         raise RuntimeError(f"no C++ compiler ({', '.join(COMPILERS)}); name one by CXX")
     found = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
-    parts = (SOURCE.read_text(), found.stdout, jaxlib.__version__, *FLAGS)
+    parts = (SOURCE.read_text(), found.stdout, importlib.metadata.version("jaxlib"), *FLAGS)
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     name = f"native-{digest}.so"
     path = _directory() / name

@@ -464,8 +464,8 @@ ffi::Error DenseProduct(ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, bool transpos
 
 // ------------------------------------------------------------------------------------ activations
 
-// Codes of each row on its own grid, as `jaxcomp.core.quantize.range_to_grid` and `round_to_codes`
-// define it, operation by operation: the results are equal to the bit.
+// Codes of each row on its own grid, which `pallas_kernels.grid` defines; operation by operation as
+// XLA executes it, which divides by a constant by multiplying with the reciprocal.
 AVX512 void quantize_row(const float* x, int64_t n, float c_low, float c_high, int qmax,
                          bool symmetric, float min_scale, int8_t* codes, float* scale,
                          int8_t* zero) {
@@ -478,11 +478,11 @@ AVX512 void quantize_row(const float* x, int64_t n, float c_low, float c_high, i
   float least = _mm512_reduce_min_ps(low) * c_low, greatest = _mm512_reduce_max_ps(high) * c_high;
   float step, z = 0;
   if (symmetric) {
-    step = std::max(std::max(std::fabs(least), std::fabs(greatest)) / qmax, min_scale);
+    step = std::max(std::max(std::fabs(least), std::fabs(greatest)) * (1.0f / qmax), min_scale);
   } else {
     least = std::min(least, 0.0f);
     greatest = std::max(greatest, 0.0f);
-    step = std::max((greatest - least) / (2 * qmax + 1), min_scale);
+    step = std::max((greatest - least) * (1.0f / (2 * qmax + 1)), min_scale);
     z = std::nearbyint(-least / step) - qmax - 1;
     z = std::clamp<float>(z, -qmax - 1, qmax);
     *zero = static_cast<int8_t>(z);

@@ -65,7 +65,7 @@ def quantize(
     )
     clip = jnp.ones(2, jnp.float32) if clip is None else clip.astype(jnp.float32)
     x = x.astype(jnp.float32)
-    return call(x, clip, bits=bits, symmetric=symmetric, min_scale=np.float32(MIN_SCALE))
+    return tuple(call(x, clip, bits=bits, symmetric=symmetric, min_scale=np.float32(MIN_SCALE)))
 
 
 def decode_attention(

@@ -20,7 +20,7 @@ def quantize_tokens(
 ]:
     """Codes, scales and zero points of the grids that `pallas_kernels.grid` makes of each row.
 
-    Every implementation gives the same codes, to the bit.
+    Implementations differ in the last bit of a scale at most, and so in codes at a tie, by one.
 
     Args:
       clip: factors in (0, 1] of the least and the greatest value; None for the whole range.

@@ -5,11 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import DenseWeight, dense_matmul, quant_matmul, quant_matmul_int
+from pallas_kernels import (
+    DenseWeight,
+    dense_matmul,
+    quant_matmul,
+    quant_matmul_int,
+    quantize_tokens,
+)
 from pallas_kernels.chips import CHIPS
 from pallas_kernels.native import library, panels
+from pallas_kernels.quant_decode_attention import native as attention_native
+from pallas_kernels.quant_decode_attention.reference import _floats
 from pallas_kernels.quant_matmul import native as float_native
 from pallas_kernels.quant_matmul_int import native as int_native
+from pallas_kernels.quantize_tokens import native as quantize_native
+from pallas_kernels.quantize_tokens import reference as quantize_reference
 from pallas_kernels.weight import codes_of, dequantize, to_canonical
 from tests.kernels import cases
 
@@ -128,3 +138,59 @@ def test_calls_at_the_same_time_do_not_disturb_each_other():
     for _ in range(20):
         for y in f([x] * 8):
             case.check(y)
+
+
+TAKEN = [
+    n
+    for n in cases.names("quant_decode_attention")
+    if cases.build("quant_decode_attention", n).static["k_bits"] in (4, 8)
+]
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_attention_over_a_cache_is_that_of_the_definition(name):
+    case = cases.build("quant_decode_attention", name)
+    args = [None if a is None else jnp.asarray(a) for a in case.args]
+    case.check(attention_native.quant_decode_attention(*args, **case.static, **ON))
+
+
+@pytest.mark.parametrize("bits", [(None, 8), (8, 4), (4, None), (4, 8)])
+@pytest.mark.parametrize(("group", "slots"), [(1, 5), (3, 300), (7, 257)])
+def test_keys_and_values_of_different_widths_any_group_and_any_number_of_chunks(bits, group, slots):
+    of = dict(heads=(2, group), slots=slots, dim=64, starts=(0, 2), stops=(slots, slots - 1))
+    k, v = (cases.attention(bits=b, dtype="float32", **of) for b in bits)
+    q, starts, stops = k.args[0], *k.args[3:5]
+    args = (q, k.args[1], v.args[2], starts, stops, *k.args[5:7], *v.args[7:9])
+    args = [None if a is None else jnp.asarray(a) for a in args]
+    static = dict(k.static, k_bits=bits[0] or 8, v_bits=bits[1] or 8)
+    found = attention_native.quant_decode_attention(*args, **static, **ON)
+    floats = []
+    for rows, (scale, zero), b in (
+        (k.args[1], k.args[5:7], bits[0]),
+        (v.args[2], v.args[7:9], bits[1]),
+    ):
+        floats.append(np.asarray(rows if b is None else _floats(rows, scale, zero, b, 64, q.dtype)))
+    expected = cases.oracles.attention(q, *floats, starts, stops, static["scale"])
+    np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("clip", [None, (0.9, 0.8)])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_codes_of_tokens_are_those_of_the_reference_but_for_ties(bits, symmetric, clip):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((7, 3, 77)).astype(np.float32)
+    x[0, 0], x[1, 1], x[2, 2, 5], x[3] = 0, np.abs(x[1, 1]), 1e6, np.round(x[3] * 4) / 8
+    static = dict(bits=bits, symmetric=symmetric)
+    clip = None if clip is None else jnp.asarray(clip, jnp.float32)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        a = jnp.asarray(x, dtype)
+        found = quantize_native.quantize_tokens(a, clip, **static, **ON)
+        expected = jax.jit(functools.partial(quantize_reference.quantize_tokens, **static))(a, clip)
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        np.testing.assert_allclose(found[1], expected[1], rtol=2e-7)
+        off = np.abs(found[0].astype(int) - expected[0].astype(int))
+        assert off.max() <= 1 and off.mean() < 2e-3
+        if not symmetric:
+            assert np.abs(found[2].astype(int) - expected[2].astype(int)).max() <= 1
+    assert quantize_tokens(jnp.zeros((0, 4)), **static)[0].shape == (0, 4)
