@@ -3,7 +3,8 @@
 An operation lists, by platform, the modules of its package that implement it, fastest first; each
 has a function of the operation's name. One refuses with `NotImplementedError` and a reason, which
 is logged once; every other error is the caller's or ours and passes through. The reference, plain
-jnp, is always last and refuses nothing.
+jnp, is always last and refuses nothing. A kernel that was never run on its chip while it was
+written is tried first (`pallas_kernels.trial`).
 
 The chip is that of JAX's default device, at the time of tracing. `use` replaces it, to compile for
 a chip that is not there, and forces the reference or an interpreter. As a compiled function does
@@ -21,6 +22,7 @@ from typing import Any
 import jax
 
 from pallas_kernels.chips import CHIPS, Chip, default_chip
+from pallas_kernels.trial import passes
 
 log = logging.getLogger(__name__)
 Implementations = Mapping[str, tuple[str, ...]]
@@ -97,7 +99,9 @@ def first_supported(
             getattr(module, op), **static, chip=chip, interpret=_setting.interpret
         )
         try:
-            return with_gradient(f, functools.partial(reference, **static))(*args)
+            # An interpreter runs where the chip is not, and has nothing to be tried against.
+            if _setting.interpret or passes(module, op, reference, chip, args, static):
+                return with_gradient(f, functools.partial(reference, **static))(*args)
         except NotImplementedError as refusal:
             tell_once(f"{op}: {module.__name__} does not take this call ({refusal})")
     return reference(*args, **static)

@@ -22,6 +22,14 @@ def prepare(w: Weight, chip: Chip, activations: Activations = "floats") -> Weigh
 
             library.require()
             return panels.prepare(w, sums=activations == "shifted codes")
+        if chip.platform == "gpu":
+            from pallas_kernels.quant_matmul import prepare_gpu
+
+            return prepare_gpu.prepare(w, chip, sums=activations == "shifted codes")
+        if chip.platform == "tpu":
+            from pallas_kernels.quant_matmul_int import prepare as integer
+
+            return integer.prepare(w, chip, shifted=activations == "shifted codes")
         raise NotImplementedError(f"no kernels for {chip.name}")
     except NotImplementedError as refusal:
         tell_once(f"a weight {w.shape} stays in the canonical form ({refusal})")

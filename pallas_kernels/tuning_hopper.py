@@ -1,0 +1,65 @@
+"""Tiles of the kernels for Hopper: by rules, as nothing has been timed on one yet.
+
+What the rules aim at, and `benchmarks/static` shows: no spills, two programs or more on each of the
+132 multiprocessors where few tokens leave only bytes to wait for, and copies of at least three
+steps under way.
+"""
+
+from typing import NamedTuple
+
+PROCESSORS = 132
+MAX_TOKENS = 1024  # beyond, to dequantize once and multiply in bfloat16 costs less
+SHARED = 232_448 - 2_048  # bytes a program may have; barriers take some
+
+
+class Matmul(NamedTuple):
+    """How a program of a matrix product walks.
+
+    Attributes:
+      tokens, out: of its tile of the result.
+      k: input channels of one copied tile, all of one group of the weight.
+      parts: such tiles in one step.
+      stages: steps under way.
+      split: programs that share the input channels of a tile.
+    """
+
+    tokens: int
+    out: int
+    k: int
+    parts: int
+    stages: int
+    split: int
+
+
+def matmul(m: int, k: int, n: int, group: int, bits: int, x_bits: int = 16) -> Matmul:
+    """The tile of a product with one weight.
+
+    Args:
+      m: tokens.
+      k, n: input and output channels of the prepared weight, padding included.
+      group: input channels that share a scale; `k` where all do.
+      bits: of a code as it is stored, 4 or 8.
+      x_bits: of an activation.
+
+    Raises:
+      NotImplementedError: more tokens than the kernel is for, or groups that no tile fits into.
+    """
+    if not 0 < m <= MAX_TOKENS:
+        raise NotImplementedError(f"{m} tokens, outside 1..{MAX_TOKENS}")
+    step_k = next((size for size in (128, 64, 32) if group % size == 0), None)
+    if step_k is None or step_k * min(bits, x_bits) < 128:
+        raise NotImplementedError(f"groups of {group} input channels")
+    few = m <= 32
+    tokens = next((rows for rows in (8, 16, 32) if m <= rows), 64)
+    out = 64 if few else 128
+    parts = next(p for p in (4, 2, 1) if step_k * p <= 128 and k % (step_k * p) == 0)
+    steps = k // (step_k * parts)
+    programs = -(-m // tokens) * (n // out)
+    split = 1
+    while few and programs * split < 2 * PROCESSORS and steps % (2 * split) == 0:
+        if steps // (2 * split) < 4:
+            break
+        split *= 2
+    step = parts * (step_k * (tokens * x_bits + out * bits) // 8 + 5 * out)
+    stages = min(6 if few else 3, (SHARED - tokens * out * 4) // step, steps // split)
+    return Matmul(tokens, out, step_k, parts, stages, split)
