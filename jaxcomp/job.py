@@ -39,7 +39,6 @@ from jaxcomp.hub.read import open_checkpoint
 from jaxcomp.hub.tokenizer import encode, load_tokenizer
 from jaxcomp.models.decoder import Decoder
 from jaxcomp.models.execution import use_integer
-from jaxcomp.models.generate import generate_tokens
 from jaxcomp.models.sizes import peak_rss
 from jaxcomp.parallel import Placement, data_mesh
 from jaxcomp.progress import ConsoleProgress
@@ -299,42 +298,6 @@ def dry_run(
     calib = _calibration(loaded, recipe, data_mesh() if data_parallel else None)
     steps = plan(loaded.model, recipe.steps, calib)
     return [step._asdict() for step in (*steps, plan_write(loaded.model))]
-
-
-def generate(
-    loaded: Loaded,
-    prompt: str,
-    max_tokens: int = 64,
-    *,
-    chat: bool = False,
-    on_text: Callable[[str], None] = lambda _: None,
-) -> str:
-    """The greedy continuation of `prompt`; with `chat` the answer to it as a user's message.
-
-    `on_text` gets each new piece of text as soon as its characters are complete.
-    """
-    if chat:
-        message = [{"role": "user", "content": prompt}]
-        prompt = loaded.tokenizer.apply_chat_template(
-            message, tokenize=False, add_generation_prompt=True
-        )
-    ids = loaded.encode(prompt)
-    config, new, shown = loaded.model.config, [], ""
-    if config.bos == "window" and not chat:
-        ids = np.concatenate([[config.bos_token_id], ids])
-
-    def on_token(token: np.ndarray) -> None:
-        nonlocal shown
-        new.append(int(token[0]))
-        text = loaded.tokenizer.decode(new, skip_special_tokens=True)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            on_text(text[len(shown) :])
-            shown = text
-
-    generate_tokens(
-        loaded.model, ids[None], max_tokens, eos_ids=config.eos_token_ids, on_token=on_token
-    )
-    return loaded.tokenizer.decode(new, skip_special_tokens=True)
 
 
 def calibration(loaded: Loaded, spec: CalibSpec) -> Calibration:

@@ -5,7 +5,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from jaxcomp import artefact, job
+from jaxcomp import artefact, completion, job
 from jaxcomp.__main__ import app
 from jaxcomp.evals import Cost, Perplexity
 from jaxcomp.evals import __all__ as eval_names
@@ -138,7 +138,7 @@ def test_the_execution_and_the_cache_are_chosen_on_the_command_line(execution, m
     seen = {}
     monkeypatch.setattr(job, "load", lambda *_, **options: seen.update(options))
     monkeypatch.setattr(job, "evaluate", lambda _, evals, __: seen.update(evals=evals) or {})
-    monkeypatch.setattr(job, "generate", lambda *_, **__: "")
+    monkeypatch.setattr(completion, "complete", lambda *_, **__: iter(()))
     assert run("eval", "DIR", "--through-cache", 64, *execution).exit_code == 0
     assert seen["evals"] == (Perplexity(through_cache=64),)
     assert seen.pop("integer") == bool(execution)
@@ -167,14 +167,3 @@ def test_equal_blocks_are_one_entry_unless_each_is_wanted(tmp_path):
     artefact.save(model.replace(blocks=(model.blocks[1],) * 3), tmp_path / "out")
     assert "blocks.0 … blocks.2" in run("inspect", tmp_path / "out").output
     assert "blocks.1" in run("inspect", tmp_path / "out", "--blocks").output
-
-
-def test_generate_prints_the_prompt_and_the_pieces_as_they_come(monkeypatch):
-    def generate(loaded, prompt, max_tokens, *, chat, on_text):
-        assert (prompt, max_tokens, chat) == ("Once", 3, False)
-        for piece in (" upon", " a", " time"):
-            on_text(piece)
-
-    monkeypatch.setattr(job, "load", lambda *_, **__: None)
-    monkeypatch.setattr(job, "generate", generate)
-    assert run("generate", "DIR", "-p", "Once", "--max-tokens", 3).output == "Once upon a time\n"

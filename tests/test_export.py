@@ -266,4 +266,4 @@ def test_smollm2_continues_alike_in_transformers(tmp_path):
     ours = np.asarray(forward(loaded.model, ids))
     assert np.abs(ours - logits).max() <= 1e-4 * np.ptp(logits)
     text = tokenizer.decode(text[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert job.generate(loaded, prompt, 32) == text
+    assert jaxcomp.generate(loaded, prompt, 32) == text

@@ -50,6 +50,7 @@ MAY_IMPORT = {
 }
 ON_TOP = (
     "jaxcomp.job",
+    "jaxcomp.completion",
     "jaxcomp.export",
     "jaxcomp.progress",
     "jaxcomp.commands",

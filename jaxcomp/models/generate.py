@@ -100,7 +100,9 @@ def generate_tokens(
         prompts = [row[real] for row, real in zip(prompts, valid, strict=True)]
     prompts = [np.asarray(ids, np.int32) for ids in prompts]
     for i, ids in enumerate(prompts):
-        check_length(model, len(ids), max_tokens, f"prompt {i}" if len(prompts) > 1 else "prompt")
+        check_length(
+            model, len(ids), max_tokens, f"prompt {i}" if len(prompts) > 1 else "the prompt"
+        )
     if not prompts:
         return Generated((), (), Speed())
     model = prepare(model)
@@ -136,7 +138,7 @@ class Conversation:
     ) -> Generated:
         """What follows `ids`, the whole conversation so far; as `generate_tokens` gives it."""
         session, ids = self._session, list(map(int, ids))
-        check_length(session.model, len(ids), max_tokens, "conversation")
+        check_length(session.model, len(ids), max_tokens, "the conversation")
         shared = self._shared(ids)
         session.rewind(self._ends[shared - 1] if shared else 0)
         session.horizon = len(ids) + max_tokens
@@ -164,7 +166,7 @@ class Conversation:
         )
 
 
-def check_length(model: Decoder, length: int, max_tokens: int, what: str = "prompt") -> None:
+def check_length(model: Decoder, length: int, max_tokens: int, what: str = "the prompt") -> None:
     """Refuses what does not fit into the model's context.
 
     Raises:
@@ -172,16 +174,17 @@ def check_length(model: Decoder, length: int, max_tokens: int, what: str = "prom
     """
     limit = model.config.context_length
     if length == 0:
-        raise ValueError(f"the {what} has no tokens; give at least one, a BOS token for example")
+        raise ValueError(f"{what} has no tokens; give at least one, a BOS token for example")
     if length >= limit:
         raise ValueError(
-            f"the {what} has {length} tokens, and the model's context of {limit} leaves none to "
+            f"{what} has {length} tokens, which leave nothing of the model's context of {limit} to "
             f"generate; shorten it to {limit - 1} tokens or fewer"
         )
     if max_tokens < 1 or length + max_tokens > limit:
         raise ValueError(
-            f"a {what} of {length} tokens and max_tokens={max_tokens} do not fit the model's "
-            f"context of {limit}; max_tokens may be 1..{limit - length}"
+            f"{what} has {length} tokens, and max_tokens={max_tokens} is not 1..{limit - length}, "
+            f"what the model's context of {limit} leaves; lower max_tokens (--max-tokens) or "
+            "shorten the prompt"
         )
 
 

@@ -56,7 +56,7 @@ def test_perplexity_and_text_are_those_of_the_dequantized_model(format, place):
     wanted = job.evaluate(other, [evaluation])[evaluation.name]
     np.testing.assert_allclose(numbers["perplexity"], wanted["perplexity"], rtol=1e-5)
     prompt = tiny.SENTENCES[0]
-    assert job.generate(one, prompt, 8) == job.generate(other, prompt, 8) != ""
+    assert jaxcomp.generate(one, prompt, 8) == jaxcomp.generate(other, prompt, 8) != ""
 
 
 @pytest.mark.parametrize(

@@ -215,9 +215,9 @@ def test_logits_that_are_not_finite_stop_it_and_the_first_bad_part_is_named(wher
 @pytest.mark.parametrize(
     ("lengths", "new", "message"),
     [
-        ([0], 3, "prompt has no tokens; give at least one"),
-        ([3, 60], 5, r"a prompt 1 of 60 tokens and max_tokens=5 .*of 64; max_tokens may be 1\.\.4"),
-        ([9], 0, r"max_tokens=0 .*may be 1\.\.55"),
+        ([0], 3, "the prompt has no tokens; give at least one"),
+        ([3, 60], 5, r"prompt 1 has 60 tokens, and max_tokens=5 is not 1\.\.4, .*context of 64"),
+        ([9], 0, r"max_tokens=0 is not 1\.\.55"),
         ([64], 1, r"the prompt has 64 tokens, .*context of 64 .*shorten it to 63 tokens or fewer"),
     ],
 )
