@@ -94,6 +94,7 @@ class Session:
             rows = jnp.arange(batch) if rows is None else jnp.asarray(rows)
             fold = jax.vmap(jax.random.fold_in, (None, 0))
             self._keys = fold(jax.random.key(sampling.seed), rows)
+        self._gapless = True  # padding stands before the first token of a sequence only
         self._cache: Cache | None = None
         self._choices: Choices | None = None
 
@@ -120,6 +121,7 @@ class Session:
         tokens, valid = (np.pad(a, ((0, 0), (pad, 0))) for a in (tokens, valid))
         width, chunk = time + pad, chunk_tokens(batch)
         self._make_room(width, ahead)
+        self._gapless = not self.filled or (self._gapless and bool(valid.all()))
         start = 0
         for stop in range(width % chunk or chunk, width + 1, chunk):
             piece = (jnp.asarray(a[:, start:stop]) for a in (tokens, valid))
@@ -142,7 +144,9 @@ class Session:
         """
         self._make_room(1)
         newest = self._choices.token, self._choices.over
-        logits, self._cache = self._call(_feed_newest, self.model, *newest, self._cache)
+        logits, self._cache = self._call(
+            _feed_newest, self.model, *newest, self._cache, self._gapless
+        )
         self.filled += 1
         return self._choose(logits)
 
@@ -215,20 +219,28 @@ def chunk_tokens(batch: int) -> int:
 
 
 def _last_logits(
-    model: Decoder, tokens: Int[Array, "batch time"], valid: Bool[Array, "batch time"], cache: Cache
+    model: Decoder,
+    tokens: Int[Array, "batch time"],
+    valid: Bool[Array, "batch time"],
+    cache: Cache,
+    gapless: bool = False,
 ) -> tuple[Float[Array, "batch vocab"], Cache]:
-    logits, cache = extend(model, tokens, cache, valid, last_only=True)
+    logits, cache = extend(model, tokens, cache, valid, last_only=True, left_padded=gapless)
     return logits[:, -1], cache
 
 
 _feed = jax.jit(_last_logits, donate_argnames="cache")
 
 
-@functools.partial(jax.jit, donate_argnames="cache")
+@functools.partial(jax.jit, donate_argnames="cache", static_argnames="gapless")
 def _feed_newest(
-    model: Decoder, token: Int[Array, " batch"], over: Bool[Array, " batch"], cache: Cache
+    model: Decoder,
+    token: Int[Array, " batch"],
+    over: Bool[Array, " batch"],
+    cache: Cache,
+    gapless: bool,
 ) -> tuple[Float[Array, "batch vocab"], Cache]:
-    return _last_logits(model, token[:, None], ~over[:, None], cache)
+    return _last_logits(model, token[:, None], ~over[:, None], cache, gapless)
 
 
 @functools.partial(jax.jit, static_argnames="settings")
