@@ -7,7 +7,7 @@ what went into it, and written aside first: processes that start together do not
 Environment:
     JAXCOMP_NATIVE=0          do without
     JAXCOMP_NATIVE_THREADS=N  threads of a call, by default one a core that the process may use
-    JAXCOMP_CACHE=DIR         where the library is kept, by default $XDG_CACHE_HOME/jaxcomp
+    JAXCOMP_CACHE=DIR         keep the library under DIR; by default $XDG_CACHE_HOME/jaxcomp
     CXX                       the compiler, by default c++, g++ or clang++
 """
 
@@ -118,7 +118,7 @@ def _build(compiler: str, path: pathlib.Path) -> None:
 
 
 def _directory() -> pathlib.Path:
-    if chosen := os.environ.get("JAXCOMP_CACHE"):
+    if (chosen := os.environ.get("JAXCOMP_CACHE", "off")) not in ("", "off"):
         return pathlib.Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(base) / "jaxcomp"

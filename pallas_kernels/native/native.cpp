@@ -42,6 +42,7 @@ namespace {
 
 constexpr int kRegisters = 4;
 constexpr int kPanel = 16 * kRegisters;
+constexpr int64_t kManyRows = 32;  // from which on a panel of floats is made first
 
 // ---------------------------------------------------------------------------------------- threads
 
@@ -190,6 +191,53 @@ AVX512 void float_panel(const float* x, int64_t x_stride, const float* x_sums,
   for (int r = 0; r < R; ++r) std::memcpy(y + r * y_stride, total[r], sizeof(float) * width);
 }
 
+// The same for many rows: the panel becomes floats once, [in_ch][64] in `w`.
+template <int kBits>
+AVX512 void unpack_panel(const uint32_t* panel, const Grid& g, int64_t column, float* w) {
+  constexpr int kPerWord = 32 / kBits;
+  const __m512i mask = _mm512_set1_epi32((1 << kBits) - 1);
+  const __m512i offset = _mm512_set1_epi32(1 << (kBits - 1));
+  for (int64_t group = 0; group < g.groups; ++group) {
+    const int64_t at = group * g.columns + column;
+    for (int64_t k = 0; k < g.group_size; k += kPerWord, panel += kPanel) {
+      for (int c = 0; c < kRegisters; ++c) {
+        const __m512 scale = _mm512_loadu_ps(g.scale + at + 16 * c);
+        __m512i zero = offset;
+        if (g.zero) zero = _mm512_add_epi32(zero, _mm512_loadu_si512(g.zero + at + 16 * c));
+        __m512i word = _mm512_loadu_si512(panel + 16 * c);
+        float* to = w + (group * g.group_size + k) * kPanel + 16 * c;
+        for (int j = 0; j < kPerWord; ++j, to += kPanel) {
+          const __m512i q = _mm512_sub_epi32(_mm512_and_si512(word, mask), zero);
+          _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_cvtepi32_ps(q), scale));
+          word = _mm512_srli_epi32(word, kBits);
+        }
+      }
+    }
+  }
+}
+
+template <int R>
+AVX512 void unpacked_panel(const float* x, int64_t in_ch, const float* w, float* y,
+                           int64_t y_stride, int width) {
+  __m512 sum[R][kRegisters];
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < kRegisters; ++c) sum[r][c] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < in_ch; ++k, w += kPanel) {
+    __m512 row[kRegisters];
+    for (int c = 0; c < kRegisters; ++c) row[c] = _mm512_loadu_ps(w + 16 * c);
+    for (int r = 0; r < R; ++r) {
+      const __m512 v = _mm512_set1_ps(x[r * in_ch + k]);
+      for (int c = 0; c < kRegisters; ++c) sum[r][c] = _mm512_fmadd_ps(row[c], v, sum[r][c]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < kRegisters; ++c) {
+      const int left = std::clamp(width - 16 * c, 0, 16);
+      _mm512_mask_storeu_ps(y + r * y_stride + 16 * c, static_cast<__mmask16>((1u << left) - 1),
+                            sum[r][c]);
+    }
+}
+
 // As above with codes; `x` is [R][in_ch] in the order that `arrange` gives; x_scale, x_zero are
 // [R]; x_sums is [R][groups] of int32.
 template <int R, int kBits>
@@ -268,6 +316,23 @@ AVX512 void integer_panel(const int8_t* x, int64_t x_stride, const int32_t* x_su
 template <int kBits>
 void float_product(const float* x, int64_t rows, int64_t in_ch, const uint32_t* panels,
                    const Grid& g, int64_t out_ch, float* y) {
+  const int64_t words = in_ch * kBits / 32 * kPanel;
+  if (rows >= kManyRows) {
+    Pool::get().run(static_cast<int>(g.columns / kPanel), [&](int p) {
+      thread_local std::vector<float> w;
+      w.resize(in_ch * kPanel);
+      const int64_t column = int64_t{p} * kPanel;
+      const int width = static_cast<int>(std::min<int64_t>(kPanel, out_ch - column));
+      unpack_panel<kBits>(panels + p * words, g, column, w.data());
+      for (int64_t r = 0; r < rows;) {
+#define CALL(R) \
+  unpacked_panel<R>(x + r * in_ch, in_ch, w.data(), y + r * out_ch + column, out_ch, width)
+        r += ROWS(6, rows - r, CALL);
+#undef CALL
+      }
+    });
+    return;
+  }
   std::vector<float> sums;
   if (g.zero) {
     sums.resize(rows * g.groups);
@@ -278,7 +343,6 @@ void float_product(const float* x, int64_t rows, int64_t in_ch, const uint32_t* 
       sums[i] = sum;
     }
   }
-  const int64_t words = in_ch * kBits / 32 * kPanel;
   Pool::get().run(static_cast<int>(g.columns / kPanel), [&](int p) {
     const int64_t column = int64_t{p} * kPanel;
     const int width = static_cast<int>(std::min<int64_t>(kPanel, out_ch - column));
