@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxcomp.core.activation import QActivation
+from jaxcomp.core.activation import QActivation, as_float
 from jaxcomp.core.linear import Linear, linear
 from jaxcomp.core.site import Tap
 from jaxcomp.core.struct import node, static
@@ -63,6 +63,7 @@ class Context:
       horizon: positions that the sequences will have in the end, for a rotary embedding that
         depends on it; None for as many as the call shows.
       starts: the first slot of each sequence that holds a token, where all after it do; else None.
+      fresh: nothing stands in the cache before this call.
     """
 
     positions: Int[Array, "batch time"]
@@ -72,6 +73,7 @@ class Context:
     key_valid: Bool[Array, "batch capacity"] | None = None
     horizon: Int[Array, ""] | None = None
     starts: Int[Array, " batch"] | None = None
+    fresh: bool = static(default=False)
 
 
 def plain_context(batch: int, time: int) -> Context:
@@ -106,7 +108,9 @@ def attention(
     else:
         cache = append(cache, k, v, ctx.slot)
         rows = grid_rows(cache.k), grid_rows(cache.v)
-        if q.shape[1] == 1 and ctx.starts is not None and None not in rows:
+        if ctx.fresh:
+            y = _attend_prefix(p, q, as_float(k), as_float(v), ctx)
+        elif q.shape[1] == 1 and ctx.starts is not None and None not in rows:
             y = _attend_newest(p, q, *rows, ctx)
         else:
             y = _attend_cache(p, q, read_rows(cache.k, k), read_rows(cache.v, v), ctx)

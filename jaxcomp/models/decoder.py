@@ -91,6 +91,7 @@ def extend(
     valid: Bool[Array, "batch time"] | None = None,
     last_only: bool = False,
     left_padded: bool = False,
+    fresh: bool = False,
 ) -> tuple[Float[Array, "batch scored vocab"], Cache]:
     """Logits of tokens that follow what the cache holds, and the longer cache.
 
@@ -98,7 +99,7 @@ def extend(
     caller keeps `cache.length + time` within the capacity: JAX clamps writes past the end. With
     `last_only` the logits are `[batch, 1, vocab]`, those of the last token. `left_padded` vouches
     that no padding stands after a token of its sequence, here or in the cache; a decoding step then
-    attends by a kernel.
+    attends by a kernel. `fresh` vouches that the cache is empty; its slots are then not read.
     """
     batch, time = tokens.shape
     valid = jnp.ones((batch, time), bool) if valid is None else valid
@@ -108,7 +109,9 @@ def extend(
     key_positions = cache.positions.at[:, slots].set(positions)
     key_valid = cache.valid.at[:, slots].set(valid)
     starts = jnp.argmax(key_valid, axis=-1).astype(jnp.int32) if left_padded else None
-    ctx = Context(positions, valid, cache.length, key_positions, key_valid, cache.horizon, starts)
+    ctx = Context(
+        positions, valid, cache.length, key_positions, key_valid, cache.horizon, starts, fresh
+    )
     x = embed_tokens(model.embed, tokens, model.config.compute_dtype)
     layers = []
     for block, layer in zip(iter_blocks(model), cache.layers, strict=True):

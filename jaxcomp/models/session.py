@@ -125,7 +125,8 @@ class Session:
         start = 0
         for stop in range(width % chunk or chunk, width + 1, chunk):
             piece = (jnp.asarray(a[:, start:stop]) for a in (tokens, valid))
-            logits, self._cache = self._call(_feed, self.model, *piece, self._cache)
+            fresh = self.filled + start == 0
+            logits, self._cache = self._call(_feed, self.model, *piece, self._cache, fresh=fresh)
             start = stop
         self.filled = self.prompt_end = self.filled + width
         self._choices = Choices(
@@ -192,10 +193,10 @@ class Session:
         seen[:, np.asarray(before, np.int32)] = True
         return jnp.asarray(seen)
 
-    def _call(self, program: Callable, *args: Any) -> Any:
+    def _call(self, program: Callable, *args: Any, **static: Any) -> Any:
         """Calls a compiled function; the call returns at once unless it has to compile."""
         before, start = _compiled()[0], time.perf_counter()
-        result = program(*args)
+        result = program(*args, **static)
         if (more := _compiled()[0] - before) > 0:
             self.compilations += more
             self.compile_seconds += time.perf_counter() - start
@@ -224,12 +225,13 @@ def _last_logits(
     valid: Bool[Array, "batch time"],
     cache: Cache,
     gapless: bool = False,
+    fresh: bool = False,
 ) -> tuple[Float[Array, "batch vocab"], Cache]:
-    logits, cache = extend(model, tokens, cache, valid, last_only=True, left_padded=gapless)
+    logits, cache = extend(model, tokens, cache, valid, True, gapless, fresh)
     return logits[:, -1], cache
 
 
-_feed = jax.jit(_last_logits, donate_argnames="cache")
+_feed = jax.jit(_last_logits, donate_argnames="cache", static_argnames="fresh")
 
 
 @functools.partial(jax.jit, donate_argnames="cache", static_argnames="gapless")

@@ -43,12 +43,12 @@ def steps(model):
     tokens = tiny.tokens(jax.random.key(1), 2, 12)
     valid = jnp.ones((2, 9), bool).at[1, :4].set(False)
     cache, out = empty_cache(model, 2, 16), []
-    call = jax.jit(extend, static_argnames=("last_only", "left_padded"))
+    call = jax.jit(extend, static_argnames=("last_only", "left_padded", "fresh"))
     for part, mask in (
         (tokens[:, :9], valid),
         *((tokens[:, i : i + 1], None) for i in (9, 10, 11)),
     ):
-        y, cache = call(model, part, cache, mask, left_padded=True)
+        y, cache = call(model, part, cache, mask, left_padded=True, fresh=mask is not None)
         out.append(np.array(y))
     out[0][1, :4] = 0  # padding
     return np.concatenate(out, axis=1)
