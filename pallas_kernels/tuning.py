@@ -33,10 +33,10 @@ def divisor(size: int, most: int, unit: int) -> int:
     return max(d for d in range(unit, max(most, unit) + 1, unit) if size % d == 0)
 
 
-def rows_of(m: int, most: int) -> int:
-    """Rows of a tile: equal shares of `m` of at most `most`, in whole registers of bfloat16."""
+def rows_of(m: int, most: int, unit: int = 16) -> int:
+    """Rows of a tile: equal shares of `m` of at most `most`, 8 or a multiple of `unit`."""
     share = -(-m // -(-m // most))
-    return 8 if share <= 8 else -(-share // 16) * 16
+    return 8 if share <= 8 else -(-share // unit) * unit
 
 
 class MatmulTile(NamedTuple):
@@ -64,19 +64,23 @@ class MatmulRule:
       few_area: input times output channels of a tile with few rows; a step takes about 200 cycles
         whatever the area, and the first copy hides behind nothing.
       many_area: the same with more rows.
+      many_cols: most output channels of a tile with more rows.
       rows: most of a tile.
       pre: rows beyond which weights are scaled instead of sums.
+      unit: rows of a register of activations, of which a tile with more than 8 has a multiple.
     """
 
     few: int
     few_area: int
     many_area: int
+    many_cols: int
     rows: int
     pre: int
+    unit: int = 16
 
     def __call__(self, m: int, k: int, n: int, group: int, bits: int) -> MatmulTile:
         """The tile for `m` rows and a padded weight of `k` × `n`."""
-        bn = divisor(n, 1024, LANES)
+        bn = divisor(n, 1024 if m <= self.few else self.many_cols, LANES)
         most = max((self.few_area if m <= self.few else self.many_area) // bn, LANES)
         if group >= k:  # one scale for all input channels
             bk = divisor(k, most, LANES)
@@ -84,7 +88,7 @@ class MatmulRule:
             bk = divisor(group, most, LANES)
         else:
             bk = divisor(k, most, math.lcm(LANES, group))
-        bm = rows_of(m, self.rows)
+        bm = rows_of(m, self.rows, self.unit)
         sharing = LANES // group if group < LANES else 1  # times that "post" repeats the rows
         return MatmulTile(bm, bk, bn, "pre" if bm * sharing > self.pre else "post")
 
@@ -124,7 +128,11 @@ class KronRule:
 TILES: dict[str, dict[str, Callable[..., Any]]] = {
     "kron_matmul": {"v5e": KronRule(1 << 19, 128), "v6e": KronRule(1 << 19, 256)},
     "quant_matmul": {
-        "v5e": MatmulRule(64, 2 << 20, 1 << 20, 256, 256),
-        "v6e": MatmulRule(64, 2 << 20, 1 << 20, 256, 64),
+        "v5e": MatmulRule(64, 2 << 20, 1 << 19, 512, 512, 512),
+        "v6e": MatmulRule(64, 2 << 20, 1 << 20, 512, 512, 64),
+    },
+    "quant_matmul_int": {
+        "v5e": MatmulRule(64, 2 << 20, 1 << 19, 512, 512, 512, 32),
+        "v6e": MatmulRule(64, 2 << 20, 1 << 20, 512, 512, 512, 32),
     },
 }

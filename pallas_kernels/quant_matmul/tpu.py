@@ -99,6 +99,14 @@ def padded_shape(w: Weight) -> tuple[int, int]:
     return rows * (2 if w.layout == "nibbles" else 1), cols
 
 
+def grid_spec(grid: Array, bn: int) -> pl.BlockSpec:
+    """All groups of a tile's columns, of scales, zero points or sums."""
+    rows, cols = grid.shape
+    if cols == 1:
+        return pl.BlockSpec((rows, 1), lambda i, j, step: (0, 0))
+    return pl.BlockSpec((rows, bn), lambda i, j, step: (0, j))
+
+
 def check_tile(form: Form, k: int, n: int) -> None:
     """Raises ValueError for a tile that does not divide the weight or its groups."""
     tile, group = form.tile, form.group
@@ -112,9 +120,7 @@ def _product(x: Array, w: Weight, form: Form, out_dtype: Any, interpret: Any) ->
     (m, k), (_, n) = x.shape, padded_shape(w)
     bm, bk, bn = form.tile[:3]
     packing = 2 if form.nibbles else 1
-    grid_rows, cols = w.scale.shape
-    column = (lambda i, j, _: (0, j)) if cols > 1 else (lambda i, j, _: (0, 0))
-    grid_block = pl.BlockSpec((grid_rows, bn if cols > 1 else 1), column)
+    grid_block = grid_spec(w.scale, bn)
     scratch = [pltpu.VMEM((bm, bn), F32)]
     if form.asymmetric:
         scratch.append(pltpu.VMEM(grid_block.block_shape, F32))
@@ -225,6 +231,7 @@ def apart(x: Array, groups: int) -> Array:
     size = x.shape[1] // groups
     channel = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
     inside = [(channel >= i * size) & (channel < (i + 1) * size) for i in range(groups)]
-    # Registers of 2-byte values are awkward to select in and to join in halves.
-    wide = x.astype(F32)
-    return jnp.concatenate([jnp.where(i, wide, 0.0) for i in inside]).astype(x.dtype)
+    # Registers of narrow values are awkward to select in, and to join in parts.
+    wide = x.astype(jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else F32)
+    zero = jnp.zeros_like(wide)
+    return jnp.concatenate([jnp.where(i, wide, zero) for i in inside]).astype(x.dtype)

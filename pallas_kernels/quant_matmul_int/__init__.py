@@ -9,7 +9,7 @@ from pallas_kernels.quant_matmul_int import reference
 from pallas_kernels.weight import Weight
 
 # Platform → modules, fastest first.
-IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {"cpu": ("native",)}
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {"cpu": ("native",), "tpu": ("tpu",)}
 
 
 def quant_matmul_int(

@@ -13,6 +13,8 @@ from pallas_kernels import use
 from pallas_kernels.chips import CHIPS
 from pallas_kernels.quant_matmul.prepare import prepare
 from pallas_kernels.quant_matmul.tpu import quant_matmul
+from pallas_kernels.quant_matmul_int import prepare as integer
+from pallas_kernels.quant_matmul_int.tpu import quant_matmul_int
 from pallas_kernels.tuning import MatmulTile
 from pallas_kernels.weight import to_canonical
 from tests.kernels import cases
@@ -20,7 +22,8 @@ from tests.kernels import cases
 INTERPRET = pltpu.InterpretParams(detect_races=True)
 CHIP = CHIPS["v6e"]
 FLOATS = functools.partial(quant_matmul, chip=CHIP, interpret=INTERPRET)
-FEW = "m1 m130 w3 w8_asymmetric group_64_n_not_even".split()
+INTEGERS = functools.partial(quant_matmul_int, chip=CHIP, interpret=INTERPRET)
+FEW = "m130 w3 group_64_n_not_even".split()
 
 
 @pytest.fixture(autouse=True)
@@ -37,10 +40,12 @@ def run(f, case, **settings):
     return jax.jit(functools.partial(f, **case.static, **settings))(*args, w)
 
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
 def some(op, few):
     """The operation's cases; those not named in `few` are for the slow run."""
-    marks = lambda name: [] if name in few else [pytest.mark.slow]  # noqa: E731
-    return [pytest.param(name, marks=marks(name)) for name in cases.names(op)]
+    return [name if name in few else slow(name) for name in cases.names(op)]
 
 
 @pytest.mark.parametrize("name", some("quant_matmul", FEW))
@@ -53,9 +58,9 @@ def test_floats_times_codes_with_the_tuned_tile(name):
     ("name", "scale"),
     [
         ("asymmetric_group_32", "post"),
-        ("asymmetric_group_32", "pre"),
+        slow("asymmetric_group_32", "pre"),
         ("w8_asymmetric", "pre"),
-        ("asymmetric_channel", "post"),
+        slow("asymmetric_channel", "post"),
         ("zero_and_huge_rows_asymmetric", "post"),
     ],
 )
@@ -64,10 +69,52 @@ def test_floats_times_codes_in_many_tiles(name, scale):
     case.check(run(FLOATS, case, tile=MatmulTile(8, 128, 128, scale)))
 
 
-@pytest.mark.parametrize("scale", ["post", "pre"])
+@pytest.mark.parametrize("scale", ["post", slow("pre")])
 def test_a_group_of_several_tiles(scale):
     case = cases.matmul(k=512, n=128, group=256, symmetric=False)
     case.check(run(FLOATS, case, tile=MatmulTile(8, 128, 128, scale)))
+
+
+INTEGER_FEW = "m1 asymmetric".split()
+
+
+@pytest.mark.parametrize("name", some("quant_matmul_int", INTEGER_FEW))
+def test_codes_times_codes_with_the_tuned_tile(name):
+    case = cases.build("quant_matmul_int", name)
+    case.check(run(INTEGERS, case))
+
+
+SHIFTED = [
+    {"tokens": (9,), "group": None, "per_tensor": True, "bits": 3},
+    {"tokens": (70,), "group": 32, "symmetric": False},
+    {"tokens": (2, 1), "group": None, "symmetric": False, "unit": True, "bits": 8},
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "shifted"),
+    [
+        (SHIFTED[0], False),
+        (SHIFTED[1], True),
+        slow(SHIFTED[2], True),
+        slow(SHIFTED[0], True),
+        slow(SHIFTED[1], False),
+        slow(SHIFTED[2], False),
+    ],
+)
+def test_codes_times_codes_in_many_tiles_with_and_without_the_sums_of_columns(settings, shifted):
+    case = cases.matmul_int(k=256, x_symmetric=False, **settings)
+    *args, w = case.args
+    w = integer.prepare(w, CHIP, shifted=shifted)
+    assert (w.sums is not None) == shifted
+    f = functools.partial(INTEGERS, **case.static, tile=MatmulTile(32, 128, 128))
+    case.check(jax.jit(f)(*args, w))
+
+
+def test_int4_times_int4_is_only_for_weights_of_4_bits():
+    case = cases.matmul_int(bits=8, group=None)
+    with pytest.raises(NotImplementedError, match="a weight of at most 4 bits"):
+        INTEGERS(*case.args, **case.static, four=True)
 
 
 def test_a_leading_axis_of_rows_and_weights_is_mapped_over():
@@ -99,7 +146,7 @@ def test_dispatch_takes_the_kernel_compiles_once_and_differentiates_the_referenc
         np.testing.assert_allclose(y, wanted, atol=1e-4 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("bits", [2, 4, 7, 8])
 @pytest.mark.parametrize(("in_ch", "out_ch", "group"), [(96, 5, 32), (129, 130, None)])
 def test_preparing_a_weight_is_undone(bits, in_ch, out_ch, group):
     rng = np.random.default_rng(bits)

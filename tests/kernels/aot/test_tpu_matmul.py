@@ -10,6 +10,8 @@ from pallas_kernels.aot import compile_for, missing
 from pallas_kernels.chips import CHIPS
 from pallas_kernels.quant_matmul.prepare import prepare
 from pallas_kernels.quant_matmul.tpu import quant_matmul
+from pallas_kernels.quant_matmul_int import prepare as integer
+from pallas_kernels.quant_matmul_int.tpu import quant_matmul_int
 from pallas_kernels.weight import Weight, canonical_weight
 
 pytestmark = [
@@ -50,6 +52,21 @@ def test_floats_times_codes_compile(name, m, chip):
     x = S((m, k), jnp.bfloat16)
     f = functools.partial(quant_matmul, out_dtype=x.dtype, chip=CHIPS[chip])
     assert "quant_matmul" in compile_for(chip, f, x, w).executable.as_text()
+
+
+@pytest.mark.parametrize("chip", TPUS)
+@pytest.mark.parametrize(
+    ("m", "shifted", "four"), [(1, False, False), (130, True, False), (64, False, True)]
+)
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_codes_times_codes_compile(name, m, shifted, four, chip):
+    w = jax.eval_shape(lambda w: integer.prepare(w, CHIPS[chip], shifted), WEIGHTS[name])
+    if four and (w.bits > 4 or w.group_size < 128):
+        pytest.skip("int4 times int4 takes 4 bits, and groups as deep as the matrix unit")
+    zero = S((m, 1), jnp.int8) if shifted else None
+    args = (S((m, w.in_ch), jnp.int8), S((m, 1), jnp.float32), zero, w)
+    f = functools.partial(quant_matmul_int, out_dtype=jnp.bfloat16, chip=CHIPS[chip], four=four)
+    assert "quant_matmul_int" in compile_for(chip, f, *args).executable.as_text()
 
 
 @pytest.mark.parametrize("chip", TPUS)
