@@ -10,7 +10,9 @@ from jaxtyping import Array, Float, Int8, UInt8
 from pallas_kernels.dispatch import first_supported
 from pallas_kernels.kron_matmul import reference
 
-IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {}  # platform → modules, fastest first
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {  # platform → modules, fastest first
+    "tpu": ("tpu",),
+}
 
 
 class TokenCodes(NamedTuple):
