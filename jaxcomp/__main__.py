@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from jaxcomp.commands import (
+    bench,
     compare,
     compress,
     evaluate,
@@ -34,6 +35,7 @@ COMMANDS = {
     "lm-eval": lm_eval,
     "inspect": inspect,
     "generate": generate,
+    "bench": bench,
     "export": export,
     "study": study,
     "compare": compare,

@@ -51,6 +51,7 @@ MAY_IMPORT = {
 ON_TOP = (
     "jaxcomp.job",
     "jaxcomp.completion",
+    "jaxcomp.bench",
     "jaxcomp.export",
     "jaxcomp.progress",
     "jaxcomp.commands",
