@@ -93,6 +93,21 @@ class MatmulRule:
         return MatmulTile(bm, bk, bn, "pre" if bm * sharing > self.pre else "post")
 
 
+@dataclasses.dataclass(frozen=True)
+class GroupedRule:
+    """Tiles of a product by experts: those of one product of an expert's share of the rows.
+
+    An expert's rows begin and end anywhere in a tile, and a tile is multiplied once for each expert
+    in it, so that twice the mean share makes three visits of two experts.
+    """
+
+    rule: MatmulRule
+
+    def __call__(self, m: int, experts: int, **sizes: int) -> MatmulTile:
+        """The tile for `m` rows of all experts together."""
+        return self.rule(m=min(m, 2 * -(-m // experts)), **sizes)
+
+
 class KronTile(NamedTuple):
     """Of a Kronecker product on a TPU.
 
@@ -130,6 +145,10 @@ TILES: dict[str, dict[str, Callable[..., Any]]] = {
     "quant_matmul": {
         "v5e": MatmulRule(64, 2 << 20, 1 << 19, 512, 512, 512),
         "v6e": MatmulRule(64, 2 << 20, 1 << 20, 512, 512, 64),
+    },
+    "grouped_quant_matmul": {
+        "v5e": GroupedRule(MatmulRule(64, 1 << 20, 1 << 19, 512, 256, 256)),
+        "v6e": GroupedRule(MatmulRule(64, 1 << 20, 1 << 19, 512, 256, 64)),
     },
     "quant_matmul_int": {
         "v5e": MatmulRule(64, 2 << 20, 1 << 19, 512, 512, 512, 32),

@@ -7,7 +7,8 @@ from pallas_kernels.dispatch import first_supported
 from pallas_kernels.grouped_quant_matmul import reference
 from pallas_kernels.weight import Weight
 
-IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {}  # platform → modules, fastest first
+# Platform → modules, fastest first.
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {"tpu": ("tpu",)}
 
 
 def grouped_quant_matmul(

@@ -73,10 +73,7 @@ def quant_matmul(
     if not m:
         return jnp.zeros((*tokens, w.out_ch), out_dtype)
     tile = tile or tile_for("quant_matmul", chip, m=m, k=k, n=n, group=w.group_size, bits=w.bits)
-    form = Form(
-        tile, 0 if w.groups == 1 else w.group_size, w.layout == "nibbles", w.zero_point is not None
-    )
-    check_tile(form, k, n)
+    form = form_of(w, tile)
     rows = jnp.pad(rows, ((0, -m % tile.m), (0, k - in_ch)))
     y = _product(rows, w, form, jnp.dtype(out_dtype), interpret)
     return y[:m, : w.out_ch].reshape(*tokens, w.out_ch)
@@ -107,13 +104,18 @@ def grid_spec(grid: Array, bn: int) -> pl.BlockSpec:
     return pl.BlockSpec((rows, bn), lambda i, j, step: (0, j))
 
 
-def check_tile(form: Form, k: int, n: int) -> None:
-    """Raises ValueError for a tile that does not divide the weight or its groups."""
-    tile, group = form.tile, form.group
+def form_of(w: Weight, tile: MatmulTile) -> Form:
+    """What the kernel of a prepared weight is compiled for.
+
+    Raises:
+      ValueError: the tile does not divide the weight or its groups.
+    """
+    (k, n), group = padded_shape(w), 0 if w.groups == 1 else w.group_size
     if k % tile.k or n % tile.n:
         raise ValueError(f"tile {tile} does not divide a weight of {k} × {n}")
     if group and tile.k % group and group % tile.k:
         raise ValueError(f"tile of {tile.k} input channels holds no whole groups of {group}")
+    return Form(tile, group, w.layout == "nibbles", w.zero_point is not None)
 
 
 def _product(x: Array, w: Weight, form: Form, out_dtype: Any, interpret: Any) -> Array:
@@ -157,27 +159,40 @@ def _body(form: Form, x_ref, w_ref, s_ref, *refs) -> None:
 
     @pl.when(step == 0)
     def _():
-        acc[...] = jnp.zeros_like(acc)
-        if form.asymmetric:
-            zeros[...] = z_ref[...].astype(jnp.int32).astype(F32)
+        begin(z_ref, acc, zeros)
 
-    x = x_ref[...]
-    w = floats(w_ref[...], form.nibbles, x.dtype)
+    add_tile(form, x_ref[...], w_ref[...], s_ref, zeros, acc, step)
+
+    @pl.when(step == steps - 1)
+    def _():
+        o_ref[...] = finished(form, s_ref, acc).astype(o_ref.dtype)
+
+
+def begin(z_ref, acc, zeros) -> None:
+    """Before the first tile of a sum."""
+    acc[...] = jnp.zeros_like(acc)
+    if z_ref is not None:
+        zeros[...] = z_ref[...].astype(jnp.int32).astype(F32)
+
+
+def add_tile(form: Form, x: Array, codes: Array, s_ref, zeros, acc, step: Array) -> None:
+    """Adds the product of one tile, the weight's `step`-th along the input channels."""
+    w = floats(codes, form.nibbles, x.dtype)
     if not form.group:
         acc[...] += _dot(x, w)
         if form.asymmetric:
             acc[...] -= jnp.sum(x.astype(F32), axis=1, keepdims=True) * zeros[...]
-    else:
-        row = grid_row(form, step)
-        scale = lambda i: s_ref[row(i), :]  # noqa: E731
-        zero = (lambda i: zeros[row(i), :]) if form.asymmetric else None
-        add = _pre if form.tile.scale == "pre" else _post
-        add(form, x, w, scale, zero, acc)
+        return
+    row = grid_row(form, step)
+    scale = lambda i: s_ref[row(i), :]  # noqa: E731
+    zero = (lambda i: zeros[row(i), :]) if form.asymmetric else None
+    add = _pre if form.tile.scale == "pre" else _post
+    add(form, x, w, scale, zero, acc)
 
-    @pl.when(step == steps - 1)
-    def _():
-        y = acc[...] if form.group else acc[...] * s_ref[...]
-        o_ref[...] = y.astype(o_ref.dtype)
+
+def finished(form: Form, s_ref, acc) -> Array:
+    """The sum after the last tile."""
+    return acc[...] if form.group else acc[...] * s_ref[...]
 
 
 def floats(codes: Array, nibbles: bool, dtype: Any) -> Array:

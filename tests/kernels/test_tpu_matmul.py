@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import quant_matmul as public
 from pallas_kernels import use
 from pallas_kernels.chips import CHIPS
+from pallas_kernels.grouped_quant_matmul.tpu import grouped_quant_matmul, visits_of
 from pallas_kernels.quant_matmul.prepare import prepare
 from pallas_kernels.quant_matmul.tpu import quant_matmul
 from pallas_kernels.quant_matmul_int import prepare as integer
@@ -115,6 +116,38 @@ def test_int4_times_int4_is_only_for_weights_of_4_bits():
     case = cases.matmul_int(bits=8, group=None)
     with pytest.raises(NotImplementedError, match="a weight of at most 4 bits"):
         INTEGERS(*case.args, **case.static, four=True)
+
+
+GROUPED_FEW = "ragged first_and_last_empty no_token_has_an_expert".split()
+
+
+@pytest.mark.parametrize("name", some("grouped_quant_matmul", GROUPED_FEW))
+def test_tokens_times_the_codes_of_their_experts(name):
+    case = cases.build("grouped_quant_matmul", name)
+    x, w, sizes = case.args
+    tile = MatmulTile(8 if len(x) < 100 else 64, 128, 128)
+    f = functools.partial(
+        grouped_quant_matmul, chip=CHIP, interpret=INTERPRET, tile=tile, **case.static
+    )
+    case.check(jax.jit(f)(x, prepare(w, CHIP), sizes))
+
+
+@pytest.mark.parametrize("sizes", [(3, 0, 10, 7), (0, 0, 0, 0), (0, 40, 0, 1), (17, 16, 0, 8)])
+def test_only_experts_with_rows_are_read_and_each_row_is_visited_once(sizes):
+    rows, size = 48, 8
+    tile, expert, start, stop, first = map(
+        np.asarray, visits_of(jnp.array(sizes), rows, rows, size)
+    )
+    owners = np.full(rows, -1)
+    for t, e, a, b in zip(tile, expert, start, stop, strict=True):
+        assert np.all(owners[t * size + a : t * size + b] == -1)
+        owners[t * size + a : t * size + b] = e
+    wanted = np.repeat(np.arange(4), sizes)
+    assert owners.tolist() == [*wanted, *[-1] * (rows - len(wanted))]
+    # A new expert is read only where the visit has rows, and every tile is begun once.
+    idle = stop <= start
+    assert np.all(expert[1:][idle[1:]] == expert[:-1][idle[1:]])
+    assert np.all(np.diff(tile) >= 0) and tile[first == 1].tolist() == list(range(rows // size))
 
 
 def test_a_leading_axis_of_rows_and_weights_is_mapped_over():

@@ -8,6 +8,7 @@ import pytest
 
 from pallas_kernels.aot import compile_for, missing
 from pallas_kernels.chips import CHIPS
+from pallas_kernels.grouped_quant_matmul.tpu import grouped_quant_matmul
 from pallas_kernels.quant_matmul.prepare import prepare
 from pallas_kernels.quant_matmul.tpu import quant_matmul
 from pallas_kernels.quant_matmul_int import prepare as integer
@@ -67,6 +68,24 @@ def test_codes_times_codes_compile(name, m, shifted, four, chip):
     args = (S((m, w.in_ch), jnp.int8), S((m, 1), jnp.float32), zero, w)
     f = functools.partial(quant_matmul_int, out_dtype=jnp.bfloat16, chip=CHIPS[chip], four=four)
     assert "quant_matmul_int" in compile_for(chip, f, *args).executable.as_text()
+
+
+EXPERTS = {
+    "group_128": weight(1024, 512, experts=(8,)),
+    "group_32_asymmetric": weight(512, 512, group=32, symmetric=False, experts=(8,)),
+    "tensor": weight(1024, 512, group=None, per_tensor=True, experts=(8,)),
+    "int8_channel": weight(1024, 512, bits=8, group=None, experts=(8,)),
+}
+
+
+@pytest.mark.parametrize("chip", TPUS)
+@pytest.mark.parametrize("m", [1, 300])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_tokens_times_the_codes_of_their_experts_compile(name, m, chip):
+    w = jax.eval_shape(lambda w: prepare(w, CHIPS[chip]), EXPERTS[name])
+    x, sizes = S((m, w.in_ch), jnp.bfloat16), S((8,), jnp.int32)
+    f = functools.partial(grouped_quant_matmul, out_dtype=x.dtype, chip=CHIPS[chip])
+    assert "grouped_quant_matmul" in compile_for(chip, f, x, w, sizes).executable.as_text()
 
 
 @pytest.mark.parametrize("chip", TPUS)
