@@ -31,26 +31,44 @@ class Matmul(NamedTuple):
     split: int
 
 
-def matmul(m: int, k: int, n: int, group: int, bits: int, x_bits: int = 16) -> Matmul:
-    """The tile of a product with one weight.
+def matmul(m: int, k: int, n: int, group: int, bits: int) -> Matmul:
+    """The tile of a product of 16-bit floats with one weight.
 
     Args:
       m: tokens.
       k, n: input and output channels of the prepared weight, padding included.
       group: input channels that share a scale; `k` where all do.
       bits: of a code as it is stored, 4 or 8.
-      x_bits: of an activation.
 
     Raises:
       NotImplementedError: more tokens than the kernel is for, or groups that no tile fits into.
     """
     if not 0 < m <= MAX_TOKENS:
         raise NotImplementedError(f"{m} tokens, outside 1..{MAX_TOKENS}")
-    step_k = next((size for size in (128, 64, 32) if group % size == 0), None)
-    if step_k is None or step_k * min(bits, x_bits) < 128:
-        raise NotImplementedError(f"groups of {group} input channels")
+    return _matmul(m, k, n, group, bits, 16, 32, 64)
+
+
+def matmul_int(m: int, k: int, n: int, group: int, bits: int) -> Matmul:
+    """The tile of a product of 8-bit codes, with the arguments of `matmul`.
+
+    Raises:
+      NotImplementedError: no tokens, or groups that no tile fits into.
+    """
+    if not m:
+        raise NotImplementedError("no tokens")
+    # The tensor core reads rows of at least 64 bytes where weights come from registers. A sum of
+    # products that is scaled at each group takes twice the registers.
+    return _matmul(m, k, n, group, bits, 8, 64, 128 if group == k else 64)
+
+
+def _matmul(
+    m: int, k: int, n: int, group: int, bits: int, x_bits: int, narrow: int, most: int
+) -> Matmul:
+    step_k = next((size for size in (128, 64, 32) if group % size == 0), 0)
+    if step_k < narrow:
+        raise NotImplementedError(f"groups of {group} input channels, no multiple of {narrow}")
     few = m <= 32
-    tokens = next((rows for rows in (8, 16, 32) if m <= rows), 64)
+    tokens = next((rows for rows in (8, 16, 32, 64) if m <= rows and rows <= most), most)
     out = 64 if few else 128
     parts = next(p for p in (4, 2, 1) if step_k * p <= 128 and k % (step_k * p) == 0)
     steps = k // (step_k * parts)
@@ -60,6 +78,6 @@ def matmul(m: int, k: int, n: int, group: int, bits: int, x_bits: int = 16) -> M
         if steps // (2 * split) < 4:
             break
         split *= 2
-    step = parts * (step_k * (tokens * x_bits + out * bits) // 8 + 5 * out)
+    step = parts * (step_k * (tokens * x_bits + out * bits) // 8 + 12 * out)
     stages = min(6 if few else 3, (SHARED - tokens * out * 4) // step, steps // split)
     return Matmul(tokens, out, step_k, parts, stages, split)

@@ -130,6 +130,6 @@ def figures(report: pathlib.Path) -> dict[str, int]:
         found["shared"] = int(sizes[-1])
     for code in report.parent.glob(f"{report.stem}.sass*"):
         names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", code.read_text())
-        found |= {name: names.count(name) for name in INSTRUCTIONS}
+        found |= {name: sum(n.startswith(name) for n in names) for name in INSTRUCTIONS}
         break
     return found

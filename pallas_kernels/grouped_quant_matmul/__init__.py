@@ -8,7 +8,7 @@ from pallas_kernels.grouped_quant_matmul import reference
 from pallas_kernels.weight import Weight
 
 # Platform → modules, fastest first.
-IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {"tpu": ("tpu",)}
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {"tpu": ("tpu",), "gpu": ("mosaic_gpu",)}
 
 
 def grouped_quant_matmul(

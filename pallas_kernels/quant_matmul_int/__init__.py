@@ -9,7 +9,11 @@ from pallas_kernels.quant_matmul_int import reference
 from pallas_kernels.weight import Weight
 
 # Platform → modules, fastest first.
-IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {"cpu": ("native",), "tpu": ("tpu",)}
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
+    "cpu": ("native",),
+    "tpu": ("tpu",),
+    "gpu": ("mosaic_gpu",),
+}
 
 
 def quant_matmul_int(

@@ -1,5 +1,7 @@
 """Kernels of matrix products for Hopper, interpreted; `aot/test_gpu_matmul.py` compiles them."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,36 +10,63 @@ import pytest
 from pallas_kernels import trial, use
 from pallas_kernels.chips import CHIPS
 from pallas_kernels.compat import gpu_interpreter
-from pallas_kernels.quant_matmul import mosaic_gpu, prepare_gpu, quant_matmul, reference
-from pallas_kernels.weight import codes_of, dequantize, to_canonical
+from pallas_kernels.quant_matmul import mosaic_gpu, prepare_gpu, quant_matmul
+from pallas_kernels.weight import Weight, codes_of, dequantize, to_canonical
 from tests.kernels import cases
 
 H100 = CHIPS["h100"]
-FEW = ("m1", "m130", "group_32", "channel", "tensor", "asymmetric", "w8_group", "w3")
-MANY = sorted(set(cases.names("quant_matmul")) - set(FEW))
+MODULES = {
+    "quant_matmul": mosaic_gpu,
+    "quant_matmul_int": importlib.import_module("pallas_kernels.quant_matmul_int.mosaic_gpu"),
+    "grouped_quant_matmul": importlib.import_module(
+        "pallas_kernels.grouped_quant_matmul.mosaic_gpu"
+    ),
+}
+# One of each path through the kernels; all others are slow.
+FEW = {
+    "quant_matmul": ("m130", "tensor", "asymmetric"),
+    "quant_matmul_int": ("exact_w8_asymmetric", "both_asymmetric"),
+    "grouped_quant_matmul": ("tokens_of_nobody",),
+}
+ALL = [(op, name) for op in MODULES for name in cases.names(op)]
+REFUSED = {
+    **{("quant_matmul", name): "activations of float32" for name in ("lowest_codes",)},
+    **{(op, name): "activations of float32" for op, name in ALL if name.startswith("float32")},
+    **{("quant_matmul_int", name): "groups of 32" for name in ("group_32", "asymmetric_group_32")},
+}
 
 
-def run(name):
-    case = cases.build("quant_matmul", name)
+def run(op, case):
     kwargs = case.static | {"chip": H100, "interpret": gpu_interpreter(detect_races=True)}
-    case.check(mosaic_gpu.quant_matmul(*case.args, **kwargs))
+    case.check(getattr(MODULES[op], op)(*case.args, **kwargs))
 
 
-@pytest.mark.parametrize("name", FEW)
-def test_the_interpreted_kernel_gives_the_product(name, capfd):
-    run(name)
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op in FEW for name in FEW[op]])
+def test_the_interpreted_kernel_gives_the_product(op, name, capfd):
+    run(op, cases.build(op, name))
     assert "RACE" not in capfd.readouterr().out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MANY)
-def test_the_interpreted_kernel_gives_the_product_of_all_cases(name, capfd):
-    if name.startswith("float32") or name == "lowest_codes":  # which has float32 activations
-        with pytest.raises(NotImplementedError, match="activations of float32"):
-            run(name)
+@pytest.mark.parametrize(("op", "name"), [x for x in ALL if x[1] not in FEW[x[0]]])
+def test_the_interpreted_kernel_gives_the_product_of_all_cases(op, name, capfd):
+    if (op, name) in REFUSED:
+        with pytest.raises(NotImplementedError, match=REFUSED[op, name]):
+            run(op, cases.build(op, name))
     else:
-        run(name)
+        run(op, cases.build(op, name))
     assert "RACE" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("group", [pytest.param(128, marks=pytest.mark.slow), None])
+def test_programs_share_input_channels_where_tokens_are_few(group):
+    settings = {"tokens": (1,), "k": 1024, "n": 64, "group": group}
+    run("quant_matmul", cases.matmul(**settings))
+    both = settings | {"symmetric": False, "x_symmetric": False}
+    run("quant_matmul_int", cases.matmul_int(**both))
+    assert (
+        mosaic_gpu.tile_of(prepare_gpu.prepare(cases.matmul(**settings).args[1], H100), 1).split > 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -78,14 +107,38 @@ def test_the_public_function_has_the_gradient_of_the_reference_and_can_be_mapped
     np.testing.assert_allclose(found, expected, rtol=0.02, atol=0.05)
 
 
-def test_the_example_of_a_call_is_of_its_kind_and_small():
-    x, w = cases.matmul(tokens=(5,), k=4096, n=4096, symmetric=False).args
-    example = mosaic_gpu.example(x, w, jnp.bfloat16)
-    small = example.args[1]
-    assert small.codes.size < w.codes.size / 8 and small.group_size == 128
-    assert example.tile.split == 2 and example.tile.tokens == 8
-    kernel = lambda *args, **kwargs: mosaic_gpu.quant_matmul(  # noqa: E731
+CALLS = {
+    "quant_matmul": lambda: cases.matmul(tokens=(5,), k=4096, n=4096, symmetric=False),
+    "quant_matmul_int": lambda: cases.matmul_int(tokens=(5,), k=4096, n=4096, x_symmetric=False),
+    "grouped_quant_matmul": lambda: cases.grouped(k=2048, n=1024),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", CALLS)
+def test_the_example_of_a_call_is_of_its_kind_small_and_passes(op):
+    case, module = CALLS[op](), MODULES[op]
+    example = module.EXAMPLES[op](*case.args, **case.static)
+    weights = [next(x for x in args if isinstance(x, Weight)) for args in (case.args, example.args)]
+    assert weights[1].codes.size < weights[0].codes.size / 2
+    assert weights[1].group_size == weights[0].group_size
+    assert example.tile.tokens == 8 and example.tile.stages > 1
+    kernel = lambda *args, **kwargs: getattr(module, op)(  # noqa: E731
         *args, **kwargs, chip=H100, tile=example.tile, interpret=gpu_interpreter()
     )
-    static = {"out_dtype": jnp.bfloat16}
-    assert trial._problem(kernel, reference.quant_matmul, example, static) is None
+    reference = importlib.import_module(f"pallas_kernels.{op}.reference")
+    assert trial._problem(kernel, getattr(reference, op), example, case.static) is None
+
+
+@pytest.mark.parametrize("sizes", [(3, 0, 10, 7), (0, 0), (20,), (8, 8, 4, 0), (1, 0, 0, 1)])
+def test_every_token_gets_a_row_of_its_own_expert(sizes):
+    tokens, size = 20, 8
+    plan = MODULES["grouped_quant_matmul"].tiles_of(jnp.asarray(sizes), tokens, size)
+    owners = np.repeat(np.arange(len(sizes)), sizes)
+    rows = np.asarray(plan.row)[: len(owners)]
+    assert len(set(rows.tolist())) == len(owners)
+    np.testing.assert_array_equal(np.asarray(plan.expert)[rows // size], owners)
+    np.testing.assert_array_equal(np.asarray(plan.token)[rows], np.arange(len(owners)))
+    assert np.all(np.asarray(plan.row)[len(owners) :] == len(plan.token))
+    used = sum(-(-n // size) for n in sizes)
+    assert np.sum(np.asarray(plan.expert) >= 0) == used <= len(plan.expert)
