@@ -95,6 +95,8 @@ def first_supported(
     names = () if _setting.reference else implementations.get(chip.platform, ())
     for name in names:
         module = importlib.import_module(f"{package}.{name}")
+        if not hasattr(module, op):  # an operation of two functions, of which this has the other
+            continue
         f = functools.partial(
             getattr(module, op), **static, chip=chip, interpret=_setting.interpret
         )

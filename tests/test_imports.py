@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "jaxcomp.core.quantize": ("jaxcomp.core", "pallas_kernels"),
     "jaxcomp.core.activation": ("jaxcomp.core", "pallas_kernels"),
     "jaxcomp.core.linear": ("jaxcomp.core", "pallas_kernels"),
+    "jaxcomp.core.site": ("jaxcomp.core", "pallas_kernels"),
     "jaxcomp.core.transforms": ("jaxcomp.core", "pallas_kernels"),
     "jaxcomp.core.qarray": ("jaxcomp.core", "pallas_kernels.packing"),
     "jaxcomp.solvers": ("jaxcomp.core", "pallas_kernels.packing"),
@@ -140,7 +141,7 @@ def test_imports_point_down(name, path):
     ("source", "target"),
     [
         ("jaxcomp.core.site", "jaxcomp.models.decoder"),
-        ("jaxcomp.core.site", "pallas_kernels"),
+        ("jaxcomp.core.tree", "pallas_kernels"),
         ("jaxcomp.solvers.gptq", "pallas_kernels.quant_matmul"),
         ("jaxcomp.models.decoder", "jaxcomp.calibrate.stream"),
         ("jaxcomp.evals.cost", "jaxcomp.methods"),

@@ -14,7 +14,8 @@ from jaxtyping import Array, Float
 from jaxcomp.core.activation import QActivation, as_float, quantize_activation, quantize_dynamic
 from jaxcomp.core.quantize import QuantSpec, fake_quantize, fake_quantize_with
 from jaxcomp.core.struct import node, static
-from jaxcomp.core.transforms import Transform, transform
+from jaxcomp.core.transforms import Kron, Transform, transform
+from pallas_kernels import kron_quantize
 
 SITES = ("attn_in", "query", "k_cache", "v_cache", "attn_out", "ffn_in", "ffn_mid")
 # What a single consumer of a shared activation sees of it, after the site itself.
@@ -61,6 +62,11 @@ def enter_site(
     site: Site, x: Float[Array, "*dims"] | QActivation
 ) -> Float[Array, "*dims"] | QActivation:
     """The activation as its consumers see it; same shape and dtype."""
+    if _is_kron_then_codes(site):
+        *before, last = site.transforms
+        return kron_codes(
+            site.quantizer, last, transform_site(site.replace(transforms=tuple(before)), x)
+        )
     return quantize_site(site, transform_site(site, x))
 
 
@@ -94,6 +100,22 @@ def codes_of(q: ActQuantizer, x: Float[Array, "*dims"] | QActivation) -> QActiva
     if not q.spec.dynamic:
         return quantize_activation(x, q.scale, q.zero_point, q.spec)
     return quantize_dynamic(x, q.spec, q.clip)
+
+
+def kron_codes(q: ActQuantizer, t: Kron, x: Float[Array, "*dims"] | QActivation) -> QActivation:
+    """`codes_of(q, transform(t, x))` in one kernel, quantized before it is rounded to a dtype."""
+    x = as_float(x)
+    codes = kron_quantize(x, t.left, t.right, q.clip, bits=q.spec.bits)
+    return QActivation(codes.codes, codes.scale, None, q.spec.bits, x.dtype)
+
+
+def _is_kron_then_codes(site: Site) -> bool:
+    q = site.quantizer
+    if q is None or not q.integer or not site.transforms:
+        return False
+    spec = q.spec
+    per_token = spec.dynamic and spec.symmetric and spec.granularity == "token"
+    return per_token and isinstance(site.transforms[-1], Kron)
 
 
 def site_tap(sites: Mapping[str, Site], as_codes: Collection[str] = ()) -> Tap:

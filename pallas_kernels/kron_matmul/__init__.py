@@ -11,6 +11,7 @@ from pallas_kernels.dispatch import first_supported
 from pallas_kernels.kron_matmul import reference
 
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {  # platform → modules, fastest first
+    "cpu": ("native",),
     "tpu": ("tpu",),
 }
 
@@ -20,7 +21,7 @@ class TokenCodes(NamedTuple):
 
     Attributes:
       codes: int8, or where packed uint8 with code 2i in the low nibble of byte i.
-      scale: float32; 1 for a token of zeros.
+      scale: float32; positive, whatever it is for a token of zeros.
     """
 
     codes: Int8[Array, "*tokens channels"] | UInt8[Array, "*tokens bytes"]

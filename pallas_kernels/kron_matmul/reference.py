@@ -12,7 +12,7 @@ def kron_matmul(
     right: Float[Array, "n2 n2"] | None,
 ) -> Float[Array, "*tokens channels"]:
     """See `pallas_kernels.kron_matmul.kron_matmul`."""
-    return _kron(x, left, right).astype(x.dtype)
+    return product(x, left, right).astype(x.dtype)
 
 
 def kron_quantize(
@@ -24,7 +24,7 @@ def kron_quantize(
     packed: bool,
 ) -> tuple[Array, Array]:
     """See `pallas_kernels.kron_matmul.kron_quantize`."""
-    r, qmax = _kron(x, left, right), 2 ** (bits - 1) - 1
+    r, qmax = product(x, left, right), 2 ** (bits - 1) - 1
     low, high = (f(r, axis=-1, keepdims=True) for f in (jnp.min, jnp.max))
     if clip is not None:
         low, high = low * clip[0], high * clip[1]
@@ -34,7 +34,7 @@ def kron_quantize(
     return pack_rows(codes, 4) if packed else codes, scale
 
 
-def _kron(x: Array, left: Array | None, right: Array | None) -> Float[Array, "*tokens channels"]:
+def product(x: Array, left: Array | None, right: Array | None) -> Float[Array, "*tokens channels"]:
     """The product in float32, its middle rounded to the dtype of `x`."""
     shape, channels, dtype = x.shape, x.shape[-1], x.dtype
     if right is not None:

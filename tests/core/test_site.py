@@ -6,7 +6,7 @@ import pytest
 from jaxcomp.core.activation import QActivation, as_float
 from jaxcomp.core.quantize import QuantSpec, fake_quantize, range_to_grid
 from jaxcomp.core.site import CONSUMER_SITES, SITES, ActQuantizer, Site, enter_site, site_tap
-from jaxcomp.core.transforms import Diag
+from jaxcomp.core.transforms import Diag, Kron, transform
 from jaxcomp.models.attention import plain_context
 from jaxcomp.models.decoder import block_forward
 from tests import tiny
@@ -89,3 +89,22 @@ def test_a_consumer_that_changes_codes_of_a_shared_site_sees_their_value(x):
     found = enter_site(own, enter_site(shared, x))
     np.testing.assert_array_equal(found, enter_site(own, fake_quantize(x, TOKEN4)))
     assert enter_site(Site(), enter_site(shared, x)).bits == 4
+
+
+@pytest.mark.parametrize("clip", [None, (0.9, 0.7)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_kronecker_transform_before_codes_is_one_operation_with_the_same_codes(bits, clip):
+    spec = QuantSpec(bits, granularity="token", dynamic=True)
+    clip = None if clip is None else jnp.asarray(clip)
+    keys = jax.random.split(jax.random.key(0), 3)
+    kron = Kron(jax.random.normal(keys[0], (4, 4)), jax.random.normal(keys[1], (8, 8)))
+    before = Diag(jnp.linspace(0.5, 2.0, 32))
+    x = jax.random.normal(keys[2], (2, 9, 32)).at[0, 3].set(0.0)
+    quantizer = ActQuantizer(spec, clip=clip, integer=True)
+    found = enter_site(Site(quantizer, (before, kron)), x)
+    simulated = ActQuantizer(spec, clip=clip)
+    expected = enter_site(Site(simulated, (before, kron)), x)
+    np.testing.assert_allclose(as_float(found), expected, atol=1e-5)
+    assert isinstance(found, QActivation) and not np.any(found.codes[0, 3])
+    whole = enter_site(Site(quantizer), transform(kron, transform(before, x)))
+    np.testing.assert_array_equal(found.codes, whole.codes)
