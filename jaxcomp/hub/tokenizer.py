@@ -34,10 +34,12 @@ def load_tokenizer(source: Checkpoint | str | Path) -> "PreTrainedTokenizerFast"
             f"{path} has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there; copy them "
             "from the model the weights are from"
         )
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    # A class chosen by model_type may replace the rules of tokenizer.json by its own.
-    kind = PreTrainedTokenizerFast if (path / "tokenizer.json").exists() else AutoTokenizer
+    # A class chosen by model_type may replace the rules of tokenizer.json by its own; and to import
+    # what chooses takes 150 MB where torch is installed.
+    if (path / "tokenizer.json").exists():
+        from transformers import PreTrainedTokenizerFast as kind
+    else:
+        from transformers import AutoTokenizer as kind
     try:
         tokenizer = kind.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, ImportError, KeyError) as error:

@@ -4,9 +4,9 @@ A panel is 64 output channels; a word of 32 bits holds the codes of 8 (4 bits) o
 neighbouring input channels of one of them. Codes of 2 and 3 bits are kept in 4, of 5 to 7 in 8.
 """
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int8, UInt32
+import numpy as np
+from jaxtyping import Array, Int8, UInt8, UInt32
 
 from pallas_kernels.weight import Weight, codes_of, grid_of
 
@@ -33,47 +33,47 @@ def prepare(w: Weight, sums: bool = False) -> Weight:
         raise NotImplementedError(
             f"groups of {w.group_size} input channels, no multiple of {per_word}"
         )
-    return _prepare(w, sums)
-
-
-@jax.jit(static_argnames="sums")
-def _prepare(w: Weight, sums: bool) -> Weight:
-    codes, (scale, zero) = codes_of(w), grid_of(w)
-    scale = jnp.broadcast_to(scale, (w.groups, w.out_ch)).astype(jnp.float32)
-    if zero is not None:
-        zero = jnp.broadcast_to(zero, scale.shape).astype(jnp.int32)
-    more = -w.in_ch % (32 // stored_bits(w.bits))
-    if more:  # with the code of 0.0 in the padding, zero points need no care
-        fill = jnp.zeros((1, w.out_ch), jnp.int8) if zero is None else zero.astype(jnp.int8)
-        codes = jnp.concatenate([codes, jnp.broadcast_to(fill, (more, w.out_ch))])
+    scale, zero = (None if a is None else np.asarray(a) for a in grid_of(w))
+    scale = np.broadcast_to(scale, (w.groups, w.out_ch)).astype(np.float32)
+    zero = None if zero is None else np.broadcast_to(zero, scale.shape)
+    columns, more = [(0, 0), (0, -w.out_ch % PANEL)], -w.in_ch % per_word
+    pad = lambda a, dtype: None if a is None else jnp.asarray(np.pad(a, columns), dtype)  # noqa: E731
     total = None
-    if sums:
-        grouped = codes.reshape(w.groups, -1, w.out_ch)
-        total = jnp.sum(grouped, axis=1, dtype=jnp.int32)
-    columns = [(0, 0), (0, -w.out_ch % PANEL)]
-    pad = lambda a: None if a is None else jnp.pad(a, columns)  # noqa: E731
+    if sums or more or w.bits not in (4, 8) or w.layout != "canonical":
+        codes = np.asarray(codes_of(w))
+        if more:  # with the code of 0.0 in the padding, zero points need no care
+            fill = np.zeros((1, w.out_ch), np.int8) if zero is None else zero
+            codes = np.concatenate([codes, np.repeat(fill, more, axis=0)])
+        if sums:
+            grouped = codes.reshape(w.groups, -1, w.out_ch)
+            total = np.sum(grouped, axis=1, dtype=np.int32)
+        stored = to_bytes(codes, w.bits)
+    else:
+        stored = np.asarray(w.codes)
     return w.replace(
-        codes=to_panels(pad(codes), w.bits),
-        scale=pad(scale),
-        zero_point=pad(zero),
-        sums=pad(total),
+        codes=jnp.asarray(to_panels(np.pad(stored, columns), w.bits)),
+        scale=pad(scale, jnp.float32),
+        zero_point=pad(zero, jnp.int32),
+        sums=pad(total, jnp.int32),
         layout="native",
     )
 
 
+def to_bytes(codes: Int8[np.ndarray, "in_ch out_ch"], bits: int) -> UInt8[np.ndarray, "_ out_ch"]:
+    """Codes in the bytes of a panel: one in each, or two where they take 4 bits."""
+    if stored_bits(bits) == 8:
+        return codes.view(np.uint8)
+    nibbles = codes.view(np.uint8) & 15
+    return nibbles[::2] | nibbles[1::2] << 4
+
+
 def to_panels(
-    codes: Int8[Array, "in_ch out_ch"], bits: int
-) -> UInt32[Array, "panels words channels"]:
-    """Codes, whole words and panels of them, as words."""
-    stored = stored_bits(bits)
-    per_word, offset = 32 // stored, 2 ** (stored - 1)
-    in_ch, out_ch = codes.shape
-    unsigned = (codes.astype(jnp.int32) + offset).astype(jnp.uint32)
-    split = unsigned.reshape(in_ch // per_word, per_word, out_ch // PANEL, PANEL)
-    words = jnp.zeros(split.shape[:1] + split.shape[2:], jnp.uint32)
-    for i in range(per_word):
-        words |= split[:, i] << (stored * i)
-    return words.swapaxes(0, 1)
+    stored: UInt8[np.ndarray, "_ out_ch"], bits: int
+) -> UInt32[np.ndarray, "panels words 64"]:
+    """Bytes, whole words and panels of them, as words of codes with their offset."""
+    offset = 0x88 if stored_bits(bits) == 4 else 0x80  # adding it to a code is to flip its sign bit
+    split = (stored ^ np.uint8(offset)).reshape(-1, 4, stored.shape[1] // PANEL, PANEL)
+    return np.ascontiguousarray(split.transpose(2, 0, 3, 1)).view("<u4")[..., 0]
 
 
 def codes_of_panels(w: Weight) -> Int8[Array, "in_ch out_ch"]:
