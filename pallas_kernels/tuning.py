@@ -28,9 +28,9 @@ def tile_for(op: str, chip: Chip, **sizes: Any) -> Any:
     return rules[chip.name](**sizes)
 
 
-def divisor(size: int, most: int, unit: int) -> int:
-    """The largest multiple of `unit` up to `most` that divides `size`, a multiple of `unit`."""
-    return max(d for d in range(unit, max(most, unit) + 1, unit) if size % d == 0)
+def divisors(size: int, most: int, unit: int) -> list[int]:
+    """Multiples of `unit` up to `most`, at least one, that divide `size`, a multiple of `unit`."""
+    return [d for d in range(unit, max(most, unit) + 1, unit) if size % d == 0]
 
 
 def rows_of(m: int, most: int, unit: int = 16) -> int:
@@ -80,14 +80,20 @@ class MatmulRule:
 
     def __call__(self, m: int, k: int, n: int, group: int, bits: int) -> MatmulTile:
         """The tile for `m` rows and a padded weight of `k` × `n`."""
-        bn = divisor(n, 1024 if m <= self.few else self.many_cols, LANES)
-        most = max((self.few_area if m <= self.few else self.many_area) // bn, LANES)
-        if group >= k:  # one scale for all input channels
-            bk = divisor(k, most, LANES)
-        elif group > most and group % LANES == 0:
-            bk = divisor(group, most, LANES)
-        else:
-            bk = divisor(k, most, math.lcm(LANES, group))
+        few = m <= self.few
+        area, cols = (self.few_area, 1024) if few else (self.many_area, self.many_cols)
+        unit = LANES if group >= k else math.lcm(LANES, group)  # whole groups
+
+        def order(tile: tuple[int, int]) -> tuple[int, int, int]:
+            """Within the area: large where rows are few; else wide, to read `x` less often."""
+            size = math.prod(tile)
+            fits = min(area - size, 0)
+            return (fits, size, tile[1]) if few else (fits, tile[1], size)
+
+        bk, bn = max(
+            ((bk, bn) for bn in divisors(n, cols, LANES) for bk in divisors(k, area // bn, unit)),
+            key=order,
+        )
         bm = rows_of(m, self.rows, self.unit)
         sharing = LANES // group if group < LANES else 1  # times that "post" repeats the rows
         return MatmulTile(bm, bk, bn, "pre" if bm * sharing > self.pre else "post")
@@ -140,11 +146,18 @@ class KronRule:
         return KronTile(min(rows, -(-tokens // 32) * 32), 8 if 8 * n1 <= self.unit else 4, 1024)
 
 
+def attention_rule(slots: int, bytes_of_slot: int) -> int:
+    """Slots of a tile: a megabyte of keys and one of values, for a step costs what 0.2 MB cost."""
+    most = min(max((1 << 20) // bytes_of_slot // 128 * 128, 128), 2048)
+    return min(most, -(-slots // 128) * 128)
+
+
 TILES: dict[str, dict[str, Callable[..., Any]]] = {
     "kron_matmul": {"v5e": KronRule(1 << 19, 128), "v6e": KronRule(1 << 19, 256)},
+    "quant_decode_attention": {"v5e": attention_rule, "v6e": attention_rule},
     "quant_matmul": {
         "v5e": MatmulRule(64, 2 << 20, 1 << 19, 512, 512, 512),
-        "v6e": MatmulRule(64, 2 << 20, 1 << 20, 512, 512, 64),
+        "v6e": MatmulRule(64, 2 << 20, 1 << 20, 1024, 512, 64),
     },
     "grouped_quant_matmul": {
         "v5e": GroupedRule(MatmulRule(64, 1 << 20, 1 << 19, 512, 256, 256)),
@@ -152,6 +165,6 @@ TILES: dict[str, dict[str, Callable[..., Any]]] = {
     },
     "quant_matmul_int": {
         "v5e": MatmulRule(64, 2 << 20, 1 << 19, 512, 512, 512, 32),
-        "v6e": MatmulRule(64, 2 << 20, 1 << 20, 512, 512, 512, 32),
+        "v6e": MatmulRule(64, 2 << 20, 1 << 20, 1024, 512, 512, 32),
     },
 }

@@ -7,7 +7,10 @@ from pallas_kernels.dispatch import first_supported
 from pallas_kernels.packing import packed_rows
 from pallas_kernels.quant_decode_attention import reference
 
-IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {"cpu": ("native",)}  # fastest first
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {  # fastest first
+    "cpu": ("native",),
+    "tpu": ("tpu",),
+}
 
 Rows = Float[Array, "batch kv_head slots head_dim"] | UInt8[Array, "batch kv_head slots bytes"]
 Steps = Float[Array, "batch kv_head slots"] | None

@@ -96,6 +96,7 @@ def test_the_public_function_has_the_gradient_of_the_reference_and_is_compiled_o
         for _ in range(2):
             found = gradient(x, left)
         assert gradient._cache_size() == 1
+        assert "pallas_call" in str(jax.make_jaxpr(gradient)(x, left))
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
