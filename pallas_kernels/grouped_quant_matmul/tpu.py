@@ -36,6 +36,7 @@ from pallas_kernels.quant_matmul.tpu import (
     finished,
     form_of,
     padded_shape,
+    sizes_of,
 )
 from pallas_kernels.tuning import MatmulTile, tile_for
 from pallas_kernels.weight import Weight
@@ -76,10 +77,10 @@ def grouped_quant_matmul(
     if x.dtype not in (jnp.bfloat16, F32):
         raise NotImplementedError(f"activations are {x.dtype}, not bfloat16 or float32")
     w = chip_form(w)
-    (m, in_ch), (k, n) = x.shape, padded_shape(w)
+    (m, in_ch), (k, _) = x.shape, padded_shape(w)
     if not m:
         return jnp.zeros((0, w.out_ch), out_dtype)
-    sizes = {"k": k, "n": n, "group": w.group_size, "bits": w.bits, "experts": len(w.codes)}
+    sizes = {"experts": len(w.codes), **sizes_of(w)}
     form = form_of(w, tile or tile_for("grouped_quant_matmul", chip, m=m, **sizes))
     rows = -m % form.tile.m
     x = jnp.pad(x, ((0, rows), (0, k - in_ch)))

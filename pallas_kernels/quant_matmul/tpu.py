@@ -69,10 +69,10 @@ def quant_matmul(
     w = chip_form(w)
     *tokens, in_ch = x.shape
     rows = x.reshape(-1, in_ch)
-    m, (k, n) = len(rows), padded_shape(w)
+    m, (k, _) = len(rows), padded_shape(w)
     if not m:
         return jnp.zeros((*tokens, w.out_ch), out_dtype)
-    tile = tile or tile_for("quant_matmul", chip, m=m, k=k, n=n, group=w.group_size, bits=w.bits)
+    tile = tile or tile_for("quant_matmul", chip, m=m, **sizes_of(w))
     form = form_of(w, tile)
     rows = jnp.pad(rows, ((0, -m % tile.m), (0, k - in_ch)))
     y = _product(rows, w, form, jnp.dtype(out_dtype), interpret)
@@ -94,6 +94,12 @@ def padded_shape(w: Weight) -> tuple[int, int]:
     """Input and output channels of a prepared weight with its padding."""
     rows, cols = w.codes.shape[-2:]
     return rows * (2 if w.layout == "nibbles" else 1), cols
+
+
+def sizes_of(w: Weight) -> dict[str, int]:
+    """What a rule for tiles wants to know of a prepared weight."""
+    k, n = padded_shape(w)
+    return {"k": k, "n": n, "group": k if w.groups == 1 else w.group_size, "bits": w.bits}
 
 
 def grid_spec(grid: Array, bn: int) -> pl.BlockSpec:

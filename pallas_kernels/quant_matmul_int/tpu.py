@@ -31,6 +31,7 @@ from pallas_kernels.quant_matmul.tpu import (
     chip_form,
     grid_spec,
     padded_shape,
+    sizes_of,
 )
 from pallas_kernels.tuning import LANES, MatmulTile, tile_for
 from pallas_kernels.weight import Weight
@@ -79,8 +80,7 @@ def quant_matmul_int(
     m, (k, n) = len(x), padded_shape(w)
     if not m:
         return jnp.zeros((*tokens, w.out_ch), out_dtype)
-    sizes = {"m": m, "k": k, "n": n, "group": w.group_size, "bits": w.bits}
-    tile = tile or tile_for("quant_matmul_int", chip, **sizes)
+    tile = tile or tile_for("quant_matmul_int", chip, m=m, **sizes_of(w))
     form = Form(
         tile,
         w.group_size,

@@ -24,7 +24,7 @@ INTERPRET = pltpu.InterpretParams(detect_races=True)
 CHIP = CHIPS["v6e"]
 FLOATS = functools.partial(quant_matmul, chip=CHIP, interpret=INTERPRET)
 INTEGERS = functools.partial(quant_matmul_int, chip=CHIP, interpret=INTERPRET)
-FEW = "m130 w3 group_64_n_not_even".split()
+FEW = "m130 w3 group_64_n_not_even channel_k_not_even".split()
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +76,7 @@ def test_a_group_of_several_tiles(scale):
     case.check(run(FLOATS, case, tile=MatmulTile(8, 128, 128, scale)))
 
 
-INTEGER_FEW = "m1 asymmetric".split()
+INTEGER_FEW = "asymmetric channel_k_not_even".split()
 
 
 @pytest.mark.parametrize("name", some("quant_matmul_int", INTEGER_FEW))
