@@ -1,9 +1,9 @@
 """`Session`: sequences that are generated together, with their cache and one step a token.
 
-Prompts enter the cache in chunks, padded on the left, so that all end in the same slot; then every
-step feeds the newest tokens and chooses the next ones. JAX computes while the host goes on: whoever
-asks for token t + 1 before reading token t keeps the device busy, and reading waits only for what
-is read.
+Prompts enter the cache in chunks, padded on the left, so that all end in the same slot and no
+padding stands between the tokens of a sequence; then every step feeds the newest tokens and chooses
+the next ones. JAX computes while the host goes on: whoever asks for token t + 1 before reading
+token t keeps the device busy, and reading waits only for what is read.
 
 Attention reads all of the cache, so the cache is no larger than need be, and moves into a larger
 one when it is full. Sizes come from short lists, for every one costs a compilation: prompts are
@@ -94,7 +94,6 @@ class Session:
             rows = jnp.arange(batch) if rows is None else jnp.asarray(rows)
             fold = jax.vmap(jax.random.fold_in, (None, 0))
             self._keys = fold(jax.random.key(sampling.seed), rows)
-        self._gapless = True  # padding stands before the first token of a sequence only
         self._cache: Cache | None = None
         self._choices: Choices | None = None
 
@@ -105,7 +104,7 @@ class Session:
         ahead: int = 0,
         before: Sequence[int] = (),
     ) -> Int[Array, " batch"]:
-        """Feeds prompts behind what the cache holds, and chooses the token after each.
+        """Feeds prompts, and chooses the token after each.
 
         Args:
           tokens: prompts; with `valid`, padded on the left. One without a token is over.
@@ -114,23 +113,20 @@ class Session:
 
         Returns:
           The first tokens, int32, `NOT_FINITE` where logits were not; the host does not wait.
+
+        Raises:
+          ValueError: padding behind what the cache holds already.
         """
-        batch, time = tokens.shape
-        valid = np.ones((batch, time), bool) if valid is None else valid
-        pad = -time % BUCKET
-        tokens, valid = (np.pad(a, ((0, 0), (pad, 0))) for a in (tokens, valid))
-        width, chunk = time + pad, chunk_tokens(batch)
-        self._make_room(width, ahead)
-        self._gapless = not self.filled or (self._gapless and bool(valid.all()))
-        start = 0
-        for stop in range(width % chunk or chunk, width + 1, chunk):
-            piece = (jnp.asarray(a[:, start:stop]) for a in (tokens, valid))
-            fresh = self.filled + start == 0
-            logits, self._cache = self._call(_feed, self.model, *piece, self._cache, fresh=fresh)
-            start = stop
-        self.filled = self.prompt_end = self.filled + width
+        valid = np.ones(tokens.shape, bool) if valid is None else valid
+        if not self.filled:
+            logits = self._feed_first(tokens, valid, ahead)
+        elif valid.all():
+            logits = self._feed_behind(tokens, ahead)
+        else:
+            raise ValueError("prompts of other lengths can only be fed to an empty cache")
+        self.prompt_end = self.filled
         self._choices = Choices(
-            jnp.zeros(batch, jnp.int32),
+            jnp.zeros(self.batch, jnp.int32),
             jnp.asarray(~valid.any(axis=1)),
             self._keys,
             jnp.zeros((), jnp.int32),
@@ -145,9 +141,7 @@ class Session:
         """
         self._make_room(1)
         newest = self._choices.token, self._choices.over
-        logits, self._cache = self._call(
-            _feed_newest, self.model, *newest, self._cache, self._gapless
-        )
+        logits, self._cache = self._call(_feed_newest, self.model, *newest, self._cache)
         self.filled += 1
         return self._choose(logits)
 
@@ -165,6 +159,43 @@ class Session:
     def cache(self) -> Cache | None:
         """The cache; the next call will use it up."""
         return self._cache
+
+    def _feed_first(self, tokens: np.ndarray, valid: np.ndarray, ahead: int) -> Array:
+        """Prompts of any lengths, with more padding on the left."""
+        pad = -tokens.shape[1] % BUCKET
+        tokens, valid = (np.pad(a, ((0, 0), (pad, 0))) for a in (tokens, valid))
+        self._make_room(tokens.shape[1], ahead)
+        return self._feed_chunks(tokens, valid)
+
+    def _feed_behind(self, tokens: np.ndarray, ahead: int) -> Array:
+        """All but the last token with padding on the right, which is forgotten; then the last one.
+
+        So no padding stands between tokens: decoding would have to mask it.
+        """
+        time = tokens.shape[1]
+        if time > 1:
+            pad = (1 - time) % BUCKET
+            self._make_room(time - 1 + pad, ahead)
+            most = np.pad(tokens[:, :-1], ((0, 0), (0, pad)))
+            self._feed_chunks(most, np.arange(most.shape[1]) < np.full((len(most), 1), time - 1))
+            self.rewind(self.filled - pad)
+        self._make_room(1, ahead)
+        last = jnp.asarray(tokens[:, -1]), jnp.zeros(self.batch, bool)
+        logits, self._cache = self._call(_feed_newest, self.model, *last, self._cache)
+        self.filled += 1
+        return logits
+
+    def _feed_chunks(self, tokens: np.ndarray, valid: np.ndarray) -> Array:
+        """Logits behind the last token; what is beyond whole chunks comes first."""
+        width, chunk = tokens.shape[1], chunk_tokens(self.batch)
+        start = 0
+        for stop in range(width % chunk or chunk, width + 1, chunk):
+            piece = (jnp.asarray(a[:, start:stop]) for a in (tokens, valid))
+            fresh = self.filled == 0
+            logits, self._cache = self._call(_feed, self.model, *piece, self._cache, fresh=fresh)
+            self.filled += stop - start
+            start = stop
+        return logits
 
     def _make_room(self, tokens: int, ahead: int = 0) -> None:
         needed = self.filled + tokens
@@ -219,30 +250,25 @@ def chunk_tokens(batch: int) -> int:
     return max(BUCKET, min(CHUNK, CHUNK_ROWS // batch) // BUCKET * BUCKET)
 
 
-def _last_logits(
+@functools.partial(jax.jit, donate_argnames="cache", static_argnames="fresh")
+def _feed(
     model: Decoder,
     tokens: Int[Array, "batch time"],
     valid: Bool[Array, "batch time"],
     cache: Cache,
-    gapless: bool = False,
-    fresh: bool = False,
+    fresh: bool,
 ) -> tuple[Float[Array, "batch vocab"], Cache]:
-    logits, cache = extend(model, tokens, cache, valid, True, gapless, fresh)
+    logits, cache = extend(model, tokens, cache, valid, last_only=True, fresh=fresh)
     return logits[:, -1], cache
 
 
-_feed = jax.jit(_last_logits, donate_argnames="cache", static_argnames="fresh")
-
-
-@functools.partial(jax.jit, donate_argnames="cache", static_argnames="gapless")
+@functools.partial(jax.jit, donate_argnames="cache")
 def _feed_newest(
-    model: Decoder,
-    token: Int[Array, " batch"],
-    over: Bool[Array, " batch"],
-    cache: Cache,
-    gapless: bool,
+    model: Decoder, token: Int[Array, " batch"], over: Bool[Array, " batch"], cache: Cache
 ) -> tuple[Float[Array, "batch vocab"], Cache]:
-    return _last_logits(model, token[:, None], ~over[:, None], cache, gapless)
+    valid = ~over[:, None]
+    logits, cache = extend(model, token[:, None], cache, valid, last_only=True, left_padded=True)
+    return logits[:, -1], cache
 
 
 @functools.partial(jax.jit, static_argnames="settings")

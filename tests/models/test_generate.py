@@ -15,6 +15,7 @@ from jaxcomp.models.decoder import forward, map_blocks
 from jaxcomp.models.execution import prepare
 from jaxcomp.models.generate import Conversation, Speed, generate_tokens
 from jaxcomp.models.sampling import Sampling
+from jaxcomp.models.session import Session
 from tests import tiny
 
 NEW = 5
@@ -170,6 +171,13 @@ def test_a_conversation_that_takes_another_turn_forgets_what_is_not_shared(w4a4k
         assert lists(talk.reply(again, NEW)) == lists(
             generate_tokens(w4a4kv4, [again], NEW, eos_ids=(3,))
         )
+
+
+def test_padding_behind_what_a_cache_holds_is_refused(model):
+    session = Session(model, 1)
+    session.prefill(np.ones((1, 5), np.int32))
+    with pytest.raises(ValueError, match="other lengths can only be fed to an empty cache"):
+        session.prefill(np.ones((1, 3), np.int32), np.array([[False, True, True]]))
 
 
 def test_a_rotary_embedding_that_depends_on_the_length_begins_anew():
