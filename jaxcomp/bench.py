@@ -185,7 +185,7 @@ def _serve() -> None:
     """The worker: answers the tasks that come in, until there are none."""
     from jaxcomp import job
     from jaxcomp.evals import speed
-    from jaxcomp.models.execution import prepare
+    from jaxcomp.models.prepare import prepare
     from jaxcomp.models.sizes import peak_rss, rss
 
     model = None

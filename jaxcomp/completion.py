@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxcomp.models.execution import prepare
 from jaxcomp.models.generate import (
     Conversation,
     Speed,
@@ -18,6 +17,7 @@ from jaxcomp.models.generate import (
     check_length,
     generate_tokens,
 )
+from jaxcomp.models.prepare import prepare
 from jaxcomp.models.sampling import Sampling
 from jaxcomp.models.text import encode_text
 

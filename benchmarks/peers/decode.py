@@ -108,7 +108,7 @@ def jax_generator(task: dict[str, Any]):
     import jax
 
     from jaxcomp.job import load
-    from jaxcomp.models.execution import prepare
+    from jaxcomp.models.prepare import prepare
     from jaxcomp.models.session import Session
 
     imports, baseline = time.perf_counter() - start, common.memory("VmHWM")

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import numpy as np
 
 from jaxcomp.models.decoder import Decoder
-from jaxcomp.models.execution import prepare
 from jaxcomp.models.generate import generate_tokens
+from jaxcomp.models.prepare import prepare
 from jaxcomp.models.sizes import peak_rss, sizes
 
 

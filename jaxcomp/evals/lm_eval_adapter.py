@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxcomp.models.decoder import Decoder
-from jaxcomp.models.execution import prepare
 from jaxcomp.models.generate import generate_tokens
 from jaxcomp.models.likelihood import make_request, score
+from jaxcomp.models.prepare import prepare
 from jaxcomp.models.text import Encode, encode_text, prefix_token
 
 if TYPE_CHECKING:

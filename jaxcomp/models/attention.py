@@ -35,11 +35,12 @@ class GQA:
       q_norm, k_norm: normalisation before RoPE, of each head or of all together; or None.
       window: a query sees the last `window` positions, its own included; None for all.
       scale: multiplies the scores, usually head_dim^(−1/2).
+      qkv: one projection in place of q, k and v, which are then None; made by `execution.prepare`.
     """
 
-    q: Linear
-    k: Linear
-    v: Linear
+    q: Linear | None
+    k: Linear | None
+    v: Linear | None
     o: Linear
     q_norm: RMSNorm | JointNorm | None = None
     k_norm: RMSNorm | JointNorm | None = None
@@ -49,6 +50,7 @@ class GQA:
     rope: Rope = static(default=Rope(theta=10000.0))
     window: int | None = static(default=None)
     scale: float = static(default=0.125)
+    qkv: Linear | None = None
 
 
 @node
@@ -95,9 +97,7 @@ def attention(
     cache: LayerCache | None = None,
 ) -> tuple[Float[Array, "batch time d_model"], LayerCache | None]:
     """Attention of one block; with a cache the call's keys are appended to it first."""
-    q = _heads(linear(p.q, tap("q_in", x)), p.head_dim)
-    k = _heads(linear(p.k, tap("k_in", x)), p.head_dim)
-    v = _heads(linear(p.v, tap("v_in", x)), p.head_dim)
+    q, k, v = (_heads(y, p.head_dim) for y in _project(p, x, tap))
     q, k = head_norm(p.q_norm, q), head_norm(p.k_norm, k)
     cos, sin = rope_tables(p.rope, p.head_dim, ctx.positions, ctx.horizon)
     q = tap("query", rotate(q, cos, sin))
@@ -116,6 +116,15 @@ def attention(
             y = _attend_cache(p, q, read_rows(cache.k, k), read_rows(cache.v, v), ctx)
     y = y.reshape(*x.shape[:2], p.n_heads * p.head_dim)
     return linear(p.o, tap("attn_out", y)), cache
+
+
+def _project(p: GQA, x: Array | QActivation, tap: Tap) -> tuple[Array, Array, Array]:
+    if p.qkv is None:
+        return tuple(
+            linear(w, tap(site, x)) for w, site in ((p.q, "q_in"), (p.k, "k_in"), (p.v, "v_in"))
+        )
+    q, kv = p.n_heads * p.head_dim, p.n_kv_heads * p.head_dim
+    return tuple(jnp.split(linear(p.qkv, x), (q, q + kv), axis=-1))
 
 
 def _heads(x: Array, head_dim: int) -> Array:

@@ -1,6 +1,4 @@
-"""How a model is executed: on which kernels, and quantized activations in floats or as integers.
-
-`prepare` puts every weight into the form that the kernels of a chip read, once, for generation.
+"""How quantized activations are executed: simulated in floats, or as integers.
 
 Simulation rounds an activation to its grid and multiplies floats; integer execution hands the codes
 to the linears, which sum in int32. Which of them happens is said by the quantizers of the block
@@ -10,54 +8,11 @@ bfloat16 simulation also rounds each value of the grid.
 
 import dataclasses
 
-import jax
-import numpy as np
-
-from jaxcomp.core.linear import Linear, weight_of
 from jaxcomp.core.quantize import QTensor
 from jaxcomp.core.site import CONSUMER_SITES, ActQuantizer, Site
-from jaxcomp.core.tree import get_at, replace_many
+from jaxcomp.core.tree import get_at
 from jaxcomp.models.anatomy import anatomy
-from jaxcomp.models.decoder import Block, BlockHandle, Decoder, block_struct, iter_blocks
-from pallas_kernels import DenseWeight, current_chip
-from pallas_kernels import prepare as prepare_weight
-from pallas_kernels.prepare import Activations
-
-
-def prepare(model: Decoder) -> Decoder:
-    """The model on the default device, its weights in the form that the kernels there read.
-
-    Blocks behind handles are loaded, one after another. What it computes is the same up to the
-    order of sums; a form is for one chip, and nothing but running the model is meant for it.
-    """
-    blocks = tuple(jax.device_put(prepare_block(block)) for block in iter_blocks(model))
-    model = jax.device_put(model.replace(blocks=blocks))
-    if model.lm_head is None:
-        tied = DenseWeight(model.embed.weight, transposed=True)
-        return model.replace(lm_head=Linear(tied))
-    return model.replace(lm_head=prepare_linear(model.lm_head))
-
-
-def prepare_block(block: Block) -> Block:
-    """One block with all its linears prepared."""
-    codes, new = integer_linears(block), {}
-    for path in anatomy(block).linears:
-        quantizer = codes.get(path)
-        if quantizer is None:
-            activations = "floats"
-        else:
-            activations = "codes" if quantizer.spec.symmetric else "shifted codes"
-        new[path] = prepare_linear(get_at(block, path), activations)
-    return replace_many(block, new)
-
-
-def prepare_linear(p: Linear, activations: Activations = "floats") -> Linear:
-    """The linear for the kernels of the current chip; a weight in any other form is left alone."""
-    if isinstance(p.w, QTensor):
-        return p.replace(w=prepare_weight(weight_of(p.w), current_chip(), activations))
-    if isinstance(p.w, jax.Array | np.ndarray) and p.w.ndim == 2:
-        return p.replace(w=DenseWeight(p.w))
-    return p
+from jaxcomp.models.decoder import Block, BlockHandle, Decoder, block_struct
 
 
 @dataclasses.dataclass(frozen=True)

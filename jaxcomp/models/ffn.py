@@ -23,12 +23,16 @@ ACTIVATIONS = {
 
 @node
 class DenseFFN:
-    """`down(act(gate(x)) · up(x))`."""
+    """`down(act(gate(x)) · up(x))`.
 
-    gate: Linear
-    up: Linear
+    `gate_up` is one linear in place of gate and up, which are then None (`execution.prepare`).
+    """
+
+    gate: Linear | None
+    up: Linear | None
     down: Linear
     activation: Literal["silu", "gelu_tanh"] = static(default="silu")
+    gate_up: Linear | None = None
 
 
 def ffn(
@@ -36,12 +40,17 @@ def ffn(
 ) -> Float[Array, "batch time d_model"]:
     """The feed-forward unit of one block; `x` is what `ffn_in` gave."""
     time = x.shape[1]
-    for_gate, for_up = tap("gate_in", x), tap("up_in", x)
+    inputs = (x,) if p.gate_up is not None else (tap("gate_in", x), tap("up_in", x))
     tile = max(TOKEN_TILE, -(-time // MAX_TILES)) if jax.default_backend() == "cpu" else time
     parts = []
     for start in range(0, time, tile):
         # Both stay in float32 until their product.
-        gate = linear(p.gate, for_gate[:, start : start + tile], jnp.float32)
-        up = linear(p.up, for_up[:, start : start + tile], jnp.float32)
+        gate, up = _gate_up(p, *(a[:, start : start + tile] for a in inputs))
         parts.append((ACTIVATIONS[p.activation](gate) * up).astype(x.dtype))
     return linear(p.down, tap("ffn_mid", jnp.concatenate(parts, axis=1)))
+
+
+def _gate_up(p: DenseFFN, *inputs: Array | QActivation) -> tuple[Array, Array]:
+    if p.gate_up is not None:
+        return tuple(jnp.split(linear(p.gate_up, *inputs, jnp.float32), 2, axis=-1))
+    return tuple(linear(w, x, jnp.float32) for w, x in zip((p.gate, p.up), inputs, strict=True))

@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from jaxcomp.models.decoder import Decoder
-from jaxcomp.models.execution import prepare
 from jaxcomp.models.finite import explain_not_finite
+from jaxcomp.models.prepare import prepare
 from jaxcomp.models.rope import depends_on_length
 from jaxcomp.models.sampling import Sampling
 from jaxcomp.models.session import NOT_FINITE, Session

@@ -15,7 +15,7 @@ from jaxcomp.bench import Contender
 from jaxcomp.core.quantize import QuantSpec
 from jaxcomp.evals import speed
 from jaxcomp.methods import RTN
-from jaxcomp.models.execution import prepare
+from jaxcomp.models.prepare import prepare
 from jaxcomp.models.sizes import cache_sizes, sizes
 from jaxcomp.recipe import Recipe
 from jaxcomp.report.speed import plot_speed, speed_tables

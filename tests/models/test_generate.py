@@ -12,8 +12,8 @@ from jaxcomp.hub.write import ExportSource
 from jaxcomp.methods import RTN
 from jaxcomp.models import session as session_module
 from jaxcomp.models.decoder import forward, map_blocks
-from jaxcomp.models.execution import prepare
 from jaxcomp.models.generate import Conversation, Speed, generate_tokens
+from jaxcomp.models.prepare import prepare
 from jaxcomp.models.sampling import Sampling
 from jaxcomp.models.session import Session
 from tests import tiny

@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcomp.core.quantize import QTensor, QuantSpec
-from jaxcomp.core.tree import get_at
+from jaxcomp.core.linear import Linear, linear
+from jaxcomp.core.quantize import QuantSpec, quantize
+from jaxcomp.core.scheme import Override
 from jaxcomp.methods import RTN
-from jaxcomp.models.anatomy import anatomy
 from jaxcomp.models.decoder import empty_cache, extend, forward
-from jaxcomp.models.execution import prepare, use_integer
+from jaxcomp.models.execution import use_integer
 from jaxcomp.models.families import FAMILIES
+from jaxcomp.models.prepare import join, prepare
 from pallas_kernels import DenseWeight, Weight, use
 from pallas_kernels.native import library
 from tests import tiny
@@ -80,21 +81,49 @@ def test_every_linear_of_a_block_takes_the_form_of_the_chip(family):
     for method, kind in (("dense", DenseWeight), ("w8a8", Weight)):
         prepared = prepare(made(family, method))
         for block in prepared.blocks:
-            for path in anatomy(block).linears:
-                w = get_at(block, path).w
-                assert isinstance(w, kind) and (kind is DenseWeight or w.layout == "native")
+            attn, ffn = block.attn, block.ffn
+            assert attn.q is attn.k is attn.v is ffn.gate is ffn.up is None
+            for p in (attn.qkv, attn.o, ffn.gate_up, ffn.down):
+                assert isinstance(p.w, kind) and (kind is DenseWeight or p.w.layout == "native")
         assert isinstance(prepared.lm_head.w, DenseWeight)
+        again = prepare(prepared)
+        assert jax.tree.structure(again) == jax.tree.structure(prepared)
 
 
-def test_a_prepared_model_is_half_as_large_as_its_codes_in_bytes_and_shares_the_embedding():
-    model = made("llama", "w4")
+def test_a_tied_head_shares_the_embedding():
+    model = tiny.model("gemma3_text", jax.random.key(0))
+    assert model.lm_head is None
     prepared = prepare(model)
-    for block, before in zip(prepared.blocks, model.blocks, strict=True):
-        for path in anatomy(block).linears:
-            w, q = get_at(block, path).w, get_at(before, path).w
-            assert isinstance(q, QTensor) and w.shape == q.shape
-    if model.lm_head is None:
-        assert prepared.lm_head.w.array is prepared.embed.weight
+    assert prepared.lm_head.w.array is prepared.embed.weight
+
+
+def test_linears_that_differ_stay_apart():
+    rng = np.random.default_rng(0)
+    w = [jnp.asarray(rng.standard_normal((16, n)), jnp.float32) for n in (8, 4, 4)]
+    four, three = (lambda a, b=b: Linear(quantize(a, QuantSpec(b, group_size=8))) for b in (4, 3))
+    assert join([four(w[0]), three(w[1])]) is None
+    assert join([four(w[0]), Linear(w[1])]) is None
+    assert join([Linear(w[0]), Linear(w[1].astype(jnp.bfloat16))]) is None
+    bias = jnp.arange(4.0)
+    for make in (four, Linear):
+        parts = [make(w[0]), make(w[1]).replace(b=bias), make(w[2])]
+        x = jnp.asarray(rng.standard_normal((3, 16)), jnp.float32)
+        apart = jnp.concatenate([linear(p, x) for p in parts], axis=-1)
+        np.testing.assert_allclose(linear(join(parts), x), apart, atol=1e-5)
+
+
+def test_widths_that_differ_in_a_block_and_inputs_of_their_own_are_multiplied_apart():
+    model = tiny.model("llama", jax.random.key(0))
+    override = Override(linears=("attn.v",), weight_bits=8)
+    model = RTN(QuantSpec(4), act=ACT, overrides=(override,))(model).model
+    prepared = prepare(use_integer(model))
+    block = prepared.blocks[0]
+    assert block.attn.qkv is None and block.ffn.gate is None
+    assert (block.attn.q.w.bits, block.attn.v.w.bits) == (4, 8)
+    found = steps(prepared)
+    with use(reference=True):
+        expected = steps(use_integer(model))
+    assert np.median(np.abs(found - expected)) < 1e-5 * np.ptp(expected)
 
 
 def test_a_prepared_model_evaluates_like_the_original():
