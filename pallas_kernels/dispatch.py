@@ -9,6 +9,8 @@ written is tried first (`pallas_kernels.trial`).
 The chip is that of JAX's default device, at the time of tracing. `use` replaces it, to compile for
 a chip that is not there, and forces the reference or an interpreter. As a compiled function does
 not know which setting it was traced under, `use` drops all of them whenever it changes anything.
+
+JAXCOMP_KERNELS=reference in the environment begins with the reference for everything.
 """
 
 import contextlib
@@ -16,6 +18,7 @@ import dataclasses
 import functools
 import importlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -37,7 +40,7 @@ class Setting:
     interpret: Any = False
 
 
-_setting = Setting()
+_setting = Setting(reference=os.environ.get("JAXCOMP_KERNELS") == "reference")
 
 
 @contextlib.contextmanager

@@ -1,4 +1,6 @@
 import logging
+import os
+import subprocess
 import sys
 import types
 
@@ -93,6 +95,14 @@ def test_a_compiled_function_does_not_keep_the_implementation_of_another_setting
     with use(reference=True):
         assert f(1.0) == 3.0
     assert f(1.0) == 4.0
+
+
+@pytest.mark.parametrize("wish", ["reference", "", "fast"])
+def test_the_environment_can_force_the_reference(wish):
+    code = "from pallas_kernels import dispatch; print(dispatch._setting.reference)"
+    env = os.environ | {"JAXCOMP_KERNELS": wish}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stdout.strip() == str(wish == "reference"), done.stderr
 
 
 def test_a_device_is_known_by_its_kind():
