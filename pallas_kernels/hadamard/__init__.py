@@ -6,7 +6,9 @@ from jaxtyping import Array, Float
 from pallas_kernels.dispatch import first_supported
 from pallas_kernels.hadamard import reference
 
-IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {}  # platform → modules, fastest first
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {  # platform → modules, fastest first
+    "tpu": ("tpu",),
+}
 
 
 def hadamard(

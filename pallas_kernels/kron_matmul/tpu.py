@@ -57,9 +57,10 @@ def kron_matmul(
     chip: Chip,
     interpret: Any = False,
     tile: KronTile | None = None,
+    gain: float = 1.0,
 ) -> Float[Array, "*tokens channels"]:
-    """See `pallas_kernels.kron_matmul.kron_matmul`."""
-    plan = plan_of(x, left, right, chip, tile)
+    """See `pallas_kernels.kron_matmul.kron_matmul`; the float32 product times `gain`."""
+    plan = dataclasses.replace(plan_of(x, left, right, chip, tile), gain=gain)
     return _call(plan, x, left, right, None, interpret).reshape(x.shape)
 
 
@@ -93,6 +94,7 @@ class Plan:
       c: tokens of a left product.
       tile: tokens of a grid step.
       qmax: the largest code; 0 for floats.
+      gain: what floats are multiplied by.
     """
 
     tokens: int
@@ -107,6 +109,7 @@ class Plan:
     packed: bool
     clip: bool
     dtype: jnp.dtype
+    gain: float = 1.0
 
     @property
     def steps(self) -> int:
@@ -433,6 +436,8 @@ def _floats(plan: Plan, r_ref, out_ref, part: int) -> None:
         chunks_found = {}
         for chunks, row, lane in _registers(plan):
             r = [_read(plan, products[u // plan.together], u, row, lane) for u in range(plan.units)]
+            if plan.gain != 1.0:
+                r = [a * plan.gain for a in r]
             if plan.c == 8:
                 found = [jnp.concatenate(r).astype(plan.dtype)]
             else:

@@ -10,6 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import kron_matmul, use
 from pallas_kernels.chips import CHIPS
+from pallas_kernels.hadamard import tpu as hadamard_tpu
 from pallas_kernels.kron_matmul import reference, tpu
 from pallas_kernels.tuning import KronTile
 from tests.kernels.cases import build, kron, kron_quantize, names
@@ -20,6 +21,11 @@ FAST = set(
     "m1 m7 12x128 no_left no_right zero_and_huge_rows float32 int8_m2 int8_two_leading_axes "
     "int8_float32 int8_clip int4 int4_clip int4_zero_and_huge_rows int4_float32 int3".split()
 )
+HADAMARDS = {"m7", "order_128", "two_runs", "base_and_heads"}
+NOT_TAKEN = {
+    "base_12_short": r"order 48 = 12·2\^2; at least 2\^6",
+    "order_64": "7 tokens of 64 channels; whole runs of 128",
+}
 # What is tested is the result, so the compiler of the interpreter's program need not try hard.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
@@ -32,9 +38,9 @@ def no_races(capfd):
     assert "RACE" not in (out + err).upper()
 
 
-def run(op, case, **settings):
+def run(op, case, module=tpu, **settings):
     settings = {"chip": CHIP, "interpret": INTERPRET, **case.static, **settings}
-    f = functools.partial(getattr(tpu, op), **settings)
+    f = functools.partial(getattr(module, op), **settings)
     return jax.jit(f, compiler_options=QUICK)(*case.args)
 
 
@@ -115,3 +121,23 @@ def test_what_the_kernel_does_not_take_is_refused(settings, why):
     x = jnp.zeros((7, n1 * n2), settings.get("dtype", "float32"))
     with pytest.raises(NotImplementedError, match=why):
         tpu.kron_matmul(x, jnp.eye(n1), jnp.eye(n2), chip=CHIP)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in HADAMARDS else pytest.mark.slow)
+        for name in names("hadamard")
+        if name not in NOT_TAKEN
+    ],
+)
+def test_a_hadamard_matrix_is_that_of_float64(name):
+    case = build("hadamard", name)
+    case.check(run("hadamard", case, module=hadamard_tpu))
+
+
+@pytest.mark.parametrize(("name", "why"), NOT_TAKEN.items())
+def test_a_hadamard_matrix_of_few_lanes_is_refused(name, why):
+    case = build("hadamard", name)
+    with pytest.raises(NotImplementedError, match=why):
+        hadamard_tpu.hadamard(*case.args, **case.static, chip=CHIP)

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import kron_matmul, kron_quantize
+from pallas_kernels import hadamard, kron_matmul, kron_quantize
 from pallas_kernels.aot import compile_for, missing
+from tests.kernels.cases import paley
 
 pytestmark = [
     pytest.mark.aot,
@@ -51,4 +52,11 @@ def test_it_is_one_kernel(chip, f, args):
 def test_clip_factors_are_scalars_of_the_kernel(chip):
     clip = jax.ShapeDtypeStruct((2,), jnp.float32)
     executable, _ = compile_for(chip, INT4, *structs(32, 128, 64), clip)
+    assert executable.as_text().count('custom_call_target="tpu_custom_call"') == 1
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_so_is_a_hadamard_matrix(chip):
+    f = functools.partial(hadamard, base=paley(11), doublings=6, inner=1)
+    executable, _ = compile_for(chip, f, structs(12, 64, 64)[0])
     assert executable.as_text().count('custom_call_target="tpu_custom_call"') == 1
