@@ -52,14 +52,15 @@ def pad_to(x: Array, multiple: int, cols: int) -> Array:
     return jnp.pad(x, [(0, -rows % multiple), (0, cols - present)])
 
 
-def transforms(cols: int, bits: int) -> tuple:
+def transforms(cols: int, bits: int, most: int = 128) -> tuple:
     """How rows of `cols` elements lie in on-chip memory, so that the tensor core can read them.
 
-    Rows of 16 bytes lie as they are: the tensor core cannot read them, registers can.
+    Rows of 16 bytes lie as they are: the tensor core cannot read them, registers can. Both operands
+    of a product lie alike, in runs of at most `most` bytes.
     """
     if cols * bits == 128:
         return ()
-    swizzle = plgpu.find_swizzle(cols * bits)
+    swizzle = min(plgpu.find_swizzle(cols * bits), most)
     return plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)
 
 
@@ -141,9 +142,10 @@ def walk(
     )(*(x, w, *rows, *cols) * tile.parts)
 
 
-def buffer(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
-    """On-chip memory laid out as an `operand`."""
-    return plgpu.SMEM(shape, dtype, transforms=transforms(shape[-1], jnp.dtype(dtype).itemsize * 8))
+def buffer(shape: tuple[int, ...], dtype: DTypeLike, most: int = 128) -> Any:
+    """On-chip memory that products can read; `most` as in `transforms`."""
+    bits = jnp.dtype(dtype).itemsize * 8
+    return plgpu.SMEM(shape, dtype, transforms=transforms(shape[-1], bits, most))
 
 
 def load(ref: Any, layout: Any, interpret: Any = False) -> Array:
@@ -174,27 +176,34 @@ def zeros(shape: tuple[int, int], dtype: DTypeLike, interpret: Any = False) -> A
     return lay(jnp.zeros(shape, dtype), Layout.WGMMA, interpret)
 
 
-def product(total: Array | None, a: Any, b: Any, dtype: DTypeLike, interpret: Any = False) -> Array:
-    """``total + a @ bᵀ``.
+def product(
+    total: Array | None,
+    a: Any,
+    b: Any,
+    dtype: DTypeLike,
+    interpret: Any = False,
+    transposed: bool = True,
+) -> Array:
+    """``total + a @ bᵀ``; with ``transposed=False`` ``total + a @ b``, of 16-bit floats.
 
     Args:
       total: `[m, n]` of `dtype`; None for zeros.
       a: `[m, k]`, registers or on-chip memory.
-      b: `[n, k]`, on-chip memory.
+      b: `[n, k]`, or where not transposed `[k, n]`, on-chip memory.
       dtype: float32 or int32.
     """
     if interpret:
         y = jax.lax.dot_general(
-            a[...], b[...], (((1,), (1,)), ((), ())), preferred_element_type=dtype
+            a[...], b[...], (((1,), (int(transposed),)), ((), ())), preferred_element_type=dtype
         )
         return y if total is None else total + y
 
     def add(sums):
-        plgpu.wgmma(sums, a, b.T)
+        plgpu.wgmma(sums, a, b.T if transposed else b)
         return None if total is not None else sums[...]
 
     if total is None:
-        return pl.run_scoped(add, plgpu.ACC((a.shape[0], b.shape[0]), dtype))
+        return pl.run_scoped(add, plgpu.ACC((a.shape[0], b.shape[1 - int(transposed)]), dtype))
 
     def add_and_wait(sums):
         add(sums)

@@ -8,6 +8,7 @@ from pallas_kernels.hadamard import reference
 
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {  # platform → modules, fastest first
     "tpu": ("tpu",),
+    "gpu": ("mosaic_gpu",),
 }
 
 

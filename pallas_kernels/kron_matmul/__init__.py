@@ -13,6 +13,7 @@ from pallas_kernels.kron_matmul import reference
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {  # platform → modules, fastest first
     "cpu": ("native",),
     "tpu": ("tpu",),
+    "gpu": ("mosaic_gpu",),
 }
 
 
