@@ -49,7 +49,7 @@ def test_help_is_quick_because_nothing_heavy_is_imported():
 
 
 @pytest.mark.parametrize(
-    "command", ["compress", "eval", "lm-eval", "inspect", "generate", "study", "compare"]
+    "command", ["compress", "eval", "lm-eval", "inspect", "generate", "bench", "study", "compare"]
 )
 def test_the_help_of_every_command_shows_how_it_is_used(command):
     result = run(command, "--help")
