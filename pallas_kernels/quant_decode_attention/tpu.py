@@ -42,11 +42,6 @@ class Rows:
     zero: bool
 
     @property
-    def pieces(self) -> int:
-        """Products that a row takes: its even and odd channels where two codes share a byte."""
-        return 2 if self.bits == 4 else 1
-
-    @property
     def shifted(self) -> bool:
         """Whether products are with a code plus something."""
         return self.zero or self.bits == 4
@@ -95,7 +90,7 @@ def quant_decode_attention(
             scratch_shapes=[
                 pltpu.VMEM((heads, group, LANES), jnp.float32),
                 pltpu.VMEM((heads, group, LANES), jnp.float32),
-                pltpu.VMEM((heads, values.pieces, group, dim // values.pieces), jnp.float32),
+                pltpu.VMEM((heads, group, dim), jnp.float32),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -110,12 +105,12 @@ def quant_decode_attention(
     )(
         starts.astype(jnp.int32),
         stops.astype(jnp.int32),
-        _even_first(q) if keys.pieces == 2 else q,
+        _even_first(q) if keys.bits == 4 else q,
         k,
         v,
         *grids,
     )
-    return _interleaved(out) if values.pieces == 2 else out
+    return _interleaved(out) if values.bits == 4 else out
 
 
 def tile_of(start: Any, stop: Any, j: Any, tile: int, slots: int) -> Array:
@@ -175,7 +170,7 @@ def _kernel(keys: Rows, values: Rows, scale: float, tile: int, starts, stops, *r
         seen = sees(first_slot + jax.lax.broadcasted_iota(jnp.int32, (1, tile), 1))
         for h in range(q_ref.shape[1]):
             q = q_ref[0, h]
-            scores = _products(q, _pieces(keys, k_ref[0, h]), 1)
+            scores = _product(q, _numbers(keys, k_ref[0, h]), 1)
             if keys.shifted:
                 shift = _shift(keys, k_zero, h) * jnp.sum(
                     q.astype(jnp.float32), axis=1, keepdims=True
@@ -193,10 +188,10 @@ def _kernel(keys: Rows, values: Rows, scale: float, tile: int, starts, stops, *r
             if values.bits:  # slots that are not seen may have any step
                 weights *= jnp.where(seen, v_step[0, h : h + 1], 0.0)
             weights = weights.astype(q.dtype)
-            pieces = _pieces(values, v_ref[0, h])
+            numbers = _numbers(values, v_ref[0, h])
             if not values.bits:  # nor has 0 · NaN any place in the sum
                 rows = first_slot + jax.lax.broadcasted_iota(jnp.int32, (tile, 1), 0)
-                pieces = [jnp.where(sees(rows), a, jnp.zeros_like(a)) for a in pieces]
+                numbers = jnp.where(sees(rows), numbers, jnp.zeros_like(numbers))
             # Of the rounded weights, or the two sums would not cancel.
             shift = (
                 jnp.sum(
@@ -205,29 +200,25 @@ def _kernel(keys: Rows, values: Rows, scale: float, tile: int, starts, stops, *r
                 if values.shifted
                 else 0.0
             )
-            for i, a in enumerate(pieces):
-                part = _products(weights, [a], 0)
-                sum_ref[h, i] = sum_ref[h, i] * decay + part - shift
+            sum_ref[h] = sum_ref[h] * decay + _product(weights, numbers, 0) - shift
 
     @pl.when(j == pl.num_programs(1) - 1)
     def _():
         for h in range(q_ref.shape[1]):
             total = total_ref[h][:, :1]
             total = jnp.where(total > 0, total, 1.0)
-            out = [sum_ref[h, i] / total for i in range(values.pieces)]
-            out_ref[0, h] = jnp.concatenate(out, axis=1).astype(out_ref.dtype)
+            out_ref[0, h] = (sum_ref[h] / total).astype(out_ref.dtype)
 
 
-def _pieces(rows: Rows, stored: Array) -> list[Array]:
-    """Floats or codes of a tile, `[slots, channels]` each; nibbles as code + 8."""
+def _numbers(rows: Rows, stored: Array) -> Array:
+    """Floats or codes of a tile, `[slots, head_dim]`; nibbles as code + 8, even channels first."""
     if not rows.bits:
-        return [stored]
+        return stored
     if rows.bits == 8:
-        return [pltpu.bitcast(stored, jnp.int8)]
+        return pltpu.bitcast(stored, jnp.int8)
     words = pltpu.bitcast(stored, jnp.int32) ^ SIGNS
-    return [
-        pltpu.bitcast(a & NIBBLES, jnp.int8) for a in (words, jax.lax.shift_right_logical(words, 4))
-    ]
+    halves = [words & NIBBLES, jax.lax.shift_right_logical(words, 4) & NIBBLES]
+    return pltpu.bitcast(jnp.concatenate(halves, axis=1), jnp.int8)
 
 
 def _shift(rows: Rows, zero_ref, h: int) -> Array | float:
@@ -238,17 +229,12 @@ def _shift(rows: Rows, zero_ref, h: int) -> Array | float:
     return shift
 
 
-def _products(a: Array, pieces: list[Array], contracted: int) -> Array:
-    """``a @ pieceᵀ`` (`contracted` 1), summed over channels' pieces, or ``a @ piece`` (0)."""
-    found, at = 0.0, 0
-    for piece in pieces:
-        width = piece.shape[1] if contracted else a.shape[1]
-        found += jax.lax.dot_general(
-            a[:, at : at + width],
-            piece.astype(a.dtype),
-            (((1,), (contracted,)), ((), ())),
-            preferred_element_type=jnp.float32,
-            precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
-        )
-        at += width
-    return found
+def _product(a: Array, numbers: Array, contracted: int) -> Array:
+    """``a @ numbersᵀ`` (`contracted` 1) or ``a @ numbers`` (0)."""
+    return jax.lax.dot_general(
+        a,
+        numbers.astype(a.dtype),
+        (((1,), (contracted,)), ((), ())),
+        preferred_element_type=jnp.float32,
+        precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
+    )
