@@ -15,10 +15,10 @@ def speed_tables(found: Mapping[str, Any]) -> Iterator[Table]:
     """Speed by batch, then memory by model."""
     settings, limit = found["settings"], found["bandwidth"]["limit"]
     title = (
-        f"prompts of {settings['prompt']:,} tokens, then {settings['new']:,} new ones; median of "
-        f"{settings['repeats']}; memory reads {limit / 1e9:.1f} GB/s"
+        f"tokens/s of prompts of {settings['prompt']:,} and of {settings['new']:,} new tokens, "
+        f"median of {settings['repeats']}; memory reads {limit / 1e9:.1f} GB/s"
     )
-    columns = ("first token, s", "prefill, tok/s", "decode, tok/s", "MB a step", "of bandwidth")
+    columns = ("first, s", "prefill", "decode", "MB/step", "bandwidth")
     table = plain_table(title, "batch", "model", *columns)
     table.columns[1].justify = "left"
     for i, batch in enumerate(settings["batches"]):
