@@ -69,7 +69,7 @@ def _matmul(
         raise NotImplementedError(f"groups of {group} input channels, no multiple of {narrow}")
     few = m <= 32
     tokens = next((rows for rows in (8, 16, 32, 64) if m <= rows and rows <= most), most)
-    out = 64 if few else 128
+    out = 64 if few or step_k == 32 else 128  # many small tiles in a step take more registers
     parts = next(p for p in (4, 2, 1) if step_k * p <= 128 and k % (step_k * p) == 0)
     steps = k // (step_k * parts)
     programs = -(-m // tokens) * (n // out)

@@ -49,7 +49,15 @@ def only_kernel(f, *args, folder):
 @pytest.mark.parametrize("tokens", [1, 64])
 @pytest.mark.parametrize(
     ("bits", "group", "symmetric"),
-    [(4, 128, True), (4, 128, False), (4, 32, False), (4, K, True), (8, 64, True), (8, K, False)],
+    [
+        (4, 128, True),
+        (4, 128, False),
+        (4, 32, False),
+        (4, 32, True),
+        (4, K, True),
+        (8, 64, True),
+        (8, K, False),
+    ],
 )
 def test_weight_only_products_compile_without_spills(bits, group, symmetric, tokens, tmp_path):
     x = jax.ShapeDtypeStruct((tokens, K), jnp.bfloat16)
