@@ -16,6 +16,7 @@ from tests.kernels.cases import attention, build, names
 INTERPRET = pltpu.InterpretParams(detect_races=True)
 TILE = 128
 REFUSED = "int3_asymmetric"
+FAST = set("int8_asymmetric int4_asymmetric floats seven_queries_a_head one_slot float32".split())
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
@@ -38,7 +39,14 @@ def run(case, interpret=INTERPRET, tile=TILE):
     return jax.jit(f, compiler_options=QUICK)(*case.args)
 
 
-@pytest.mark.parametrize("name", [n for n in names("quant_decode_attention") if n != REFUSED])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
+        for name in names("quant_decode_attention")
+        if name != REFUSED
+    ],
+)
 def test_attention_is_that_of_float64(name):
     case = build("quant_decode_attention", name)
     case.check(run(case))
@@ -91,4 +99,5 @@ def test_a_mapped_axis_gives_the_same():
     each = [a[:, None] for a in args]
     call = lambda *a: f(*a, None, a[5], None)  # noqa: E731
     expected = call(*args)
-    np.testing.assert_array_equal(jax.vmap(call)(*each)[:, 0], expected)
+    mapped = jax.jit(jax.vmap(call), compiler_options=QUICK)
+    np.testing.assert_allclose(mapped(*each)[:, 0], expected, atol=1e-2)
