@@ -34,9 +34,9 @@ HERE = pathlib.Path(__file__).resolve().parent
 LISTS = {"tpu": ("tpu_matmul", "tpu_kron"), "gpu": ("hopper",)}
 LISTED = [name for name, chip in CHIPS.items() if LISTS.get(chip.platform)]
 PACKAGES = ("jax", "libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc")
-# Cycles a second: the peak in bfloat16 over the products of a cycle, which for v5e are those of
-# four units of 128·128, and for v6e four rows of 256·256: a product of 1024·256·256 takes 256
-# bundles more than its latency.
+# Cycles a second: the peak in bfloat16 over the products of a cycle. For v5e those of four units of
+# 128·128. For v6e this is inferred: its clock is not published, and schedules show more than three
+# rows of 256·256 a cycle (242 bundles for 768 of them), so that the peak is taken for four.
 CLOCK = {"v5e": 197e12 / (2 * 4 * 128**2), "v6e": 918e12 / (2 * 4 * 256**2)}
 TPU_COLUMNS = "kernel,case,tile,bundles,memory,products,× bound,spills,seconds"
 GPU_COLUMNS = "kernel,case,registers,spills,shared,HGMMA,IGMMA,UTMALDG,I2F,seconds"
