@@ -53,8 +53,10 @@ bench: $(VENV)/.dev  ## Run the benchmarks beside other packages
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/peers/eval.py
 	$(BIN)/python benchmarks/peers/gptq.py
+	$(BIN)/python benchmarks/peers/decode.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/calibrate.py
+	$(BIN)/python benchmarks/kernels.py
 
 clean:  ## Remove the environment, build products and caches
 	rm -rf $(VENV) $(AOT_VENV) build dist .pytest_cache .ruff_cache .hypothesis
