@@ -16,7 +16,7 @@ from pallas_kernels.weight import Weight, canonical_weight, dequantize
 class Linear:
     """`y = x @ w + b`, with `w` `[*experts, in_ch, out_ch]`, `b` `[out_ch]`.
 
-    `models.execution.prepare` turns `w` into what the kernels of a chip read: a `QTensor` into a
+    `models.prepare` turns `w` into what the kernels of a chip read: a `QTensor` into a
     `Weight`, an array into a `DenseWeight`.
     """
 

@@ -35,7 +35,7 @@ class GQA:
       q_norm, k_norm: normalisation before RoPE, of each head or of all together; or None.
       window: a query sees the last `window` positions, its own included; None for all.
       scale: multiplies the scores, usually head_dim^(−1/2).
-      qkv: one projection in place of q, k and v, which are then None; made by `execution.prepare`.
+      qkv: one projection in place of q, k and v, which are then None; made by `models.prepare`.
     """
 
     q: Linear | None

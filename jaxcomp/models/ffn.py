@@ -25,7 +25,7 @@ ACTIVATIONS = {
 class DenseFFN:
     """`down(act(gate(x)) · up(x))`.
 
-    `gate_up` is one linear in place of gate and up, which are then None (`execution.prepare`).
+    `gate_up` is one linear in place of gate and up, which are then None (`models.prepare`).
     """
 
     gate: Linear | None
