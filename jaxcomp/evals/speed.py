@@ -38,7 +38,7 @@ def measure(model: Decoder, work: Workload) -> dict[str, float]:
     """One run of greedy generation; the first of a workload also compiles.
 
     Args:
-      model: prepared by `models.execution.prepare`, or that is done anew in every run.
+      model: prepared by `models.prepare`, or that is done anew in every run.
 
     Returns:
       `first_token_s`; `prefill_tokens_per_s` of all sequences, the first new token included;

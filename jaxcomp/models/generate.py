@@ -82,7 +82,7 @@ def generate_tokens(
 
     Args:
       model: any; unless it is already, it is loaded and prepared for the kernels of the device
-        (`models.execution.prepare`).
+        (`models.prepare`).
       prompts: token ids of each, of any lengths; or an array, whose padding on either side `valid`
         marks with False.
       max_tokens: new tokens of a sequence at most.
