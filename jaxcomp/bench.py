@@ -201,7 +201,7 @@ def _serve() -> None:
                 _import_what_loading_needs()
                 baseline, given = peak_rss(), dict(task["contender"])
                 name, _ = given.pop("source"), given.pop("name")
-                model = prepare(job.load(name, **given).model)
+                model = prepare(job.load(name, lazy=True, **given).model)
                 bytes_held = dict(weight_bytes=speed.weight_bytes(model))
                 return bytes_held | dict(baseline_rss_bytes=baseline, loaded_rss_bytes=rss())
             case "measure":

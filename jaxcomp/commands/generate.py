@@ -122,6 +122,7 @@ def run(
             compute_dtype=dtype,
             allow_config=tuple(allow_config or ()),
             integer=execution is Execution.integer,
+            lazy=True,  # blocks go from disk into the kernels' form one by one
         )
         options: dict[str, Any] = dict(system=system, sampling=sampling)
         if not texts:
