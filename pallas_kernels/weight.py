@@ -13,7 +13,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8, Int32, UInt8
+from jaxtyping import Array, Float, Int, Int8, Int32, UInt8
 
 from pallas_kernels.packing import pack, unpack
 
@@ -126,6 +126,26 @@ def grid_of(
     if w.zero_point is None:
         return scale, None
     return scale, w.zero_point[..., : w.groups, : w.out_ch].astype(jnp.int8)
+
+
+def take_columns(w: Weight, ids: Int[Array, "*ids"]) -> Float[Array, "*ids in_ch"]:
+    """Output channels of a weight without experts, one a row, float32: how an embedding is read.
+
+    Only the codes of these channels are touched, in whatever layout they are.
+    """
+    at = ids.reshape(-1)
+    pick = lambda a: a if a is None or a.shape[-1] == 1 else jnp.take(a, at, axis=-1)  # noqa: E731
+    if w.layout == "native":
+        from pallas_kernels.native import panels
+
+        codes, layout = panels.columns_of_panels(w, at), "int8"
+    elif w.layout == "rows":
+        codes, layout = jnp.take(w.codes, at, axis=-2), "rows"
+    else:
+        codes, layout = jnp.take(w.codes, at, axis=-1), w.layout
+    scale, zero = pick(w.scale), pick(w.zero_point)
+    few = w.replace(codes=codes, scale=scale, zero_point=zero, out_ch=len(at), layout=layout)
+    return dequantize(few).T.reshape(*ids.shape, w.in_ch)
 
 
 def to_canonical(w: Weight) -> Weight:

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxcomp.calibrate.flatness import compare_flatness
 from jaxcomp.models.decoder import Block, Decoder, head_logits, load_block
+from jaxcomp.models.layers import table_of
 from jaxcomp.models.stream import Hidden, embed_batches, run_blocks
 
 SAME = 1e-5  # embeddings this close (squared, relative) are equal but for rounding
@@ -99,13 +100,13 @@ def compare(
 
 def residual_rotation(original: Decoder, compressed: Decoder) -> tuple[np.ndarray | None, str]:
     """R, or None for the identity; and why there is none, or ""."""
-    vocab, width = original.embed.weight.shape
-    if compressed.embed.weight.shape != (vocab, width):
-        other = " × ".join(map(str, compressed.embed.weight.shape))
+    vocab, width = original.embed.shape
+    if compressed.embed.shape != (vocab, width):
+        other = " × ".join(map(str, compressed.embed.shape))
         return None, f"the embeddings are {vocab} × {width} and {other}"
     rows = slice(None, None, max(1, vocab // (ROWS * width)))
     a, b = (
-        np.asarray(e.weight[rows], np.float64) * (e.scale or 1.0)
+        np.asarray(table_of(e)[rows], np.float64) * (e.scale or 1.0)
         for e in (original.embed, compressed.embed)
     )
     gap = lambda x: np.sum((x - b) ** 2) / np.sum(b**2)  # noqa: E731

@@ -29,7 +29,14 @@ from jaxcomp.core.tensorfile import TensorSpec
 from jaxcomp.core.tree import get_at
 from jaxcomp.hub.ascend_factors import find_factors, runtime_pair
 from jaxcomp.hub.ascend_types import FLOAT, TYPES, W4A4, W8A8, W8A16, site_types
-from jaxcomp.hub.dense import find_dtype, parts, plain_entry, structures, with_dtype
+from jaxcomp.hub.dense import (
+    find_dtype,
+    parts,
+    plain_entry,
+    structures,
+    with_dtype,
+    with_plain_embedding,
+)
 from jaxcomp.hub.shards import Entry, Layout, write_shards
 from jaxcomp.hub.stock import gather, linear_modules, per_channel, stock
 from jaxcomp.hub.write import ExportSource, copy_companions, write_json
@@ -89,6 +96,7 @@ def write(
     if clip_ratio not in ("exact", "mean"):
         raise ValueError(f"clip_ratio={clip_ratio!r} is unknown; use exact or mean")
     check(source.model, source.hf_config)
+    source, notes = with_plain_embedding(source)
     target, found = find_dtype(dtype), stock(source.model, source.hf_config)
     kept = np.dtype(source.model.embed.weight.dtype) if target is None else target
     gaps: dict[str, float] = {}
@@ -106,7 +114,7 @@ def write(
     write_json(out / DESCRIPTION, head | dict(sorted(types.items())))
     write_json(out / "config.json", with_dtype(found.config, kept))
     copy_companions(source, out)
-    return _notes(source.model, gaps)
+    return notes + _notes(source.model, gaps)
 
 
 def _layout(

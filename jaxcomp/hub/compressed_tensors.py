@@ -23,7 +23,14 @@ from jaxcomp.core.transforms import Hadamard
 from jaxcomp.hub import ct_pack
 from jaxcomp.hub.ct_config import ModuleScheme, check_matches, patterns, quantization_config
 from jaxcomp.hub.ct_scheme import CACHES, Plan, input_quantizer, plan
-from jaxcomp.hub.dense import find_dtype, parts, plain_entry, structures, with_dtype
+from jaxcomp.hub.dense import (
+    find_dtype,
+    parts,
+    plain_entry,
+    structures,
+    with_dtype,
+    with_plain_embedding,
+)
 from jaxcomp.hub.shards import SHARD_BYTES, Entry, Layout, write_shards
 from jaxcomp.hub.stock import gather, linear_modules, per_channel, stock
 from jaxcomp.hub.write import ExportSource, copy_companions, write_json
@@ -56,6 +63,7 @@ def write(
     Raises:
       ValueError: see `check`; an unknown dtype; transforms of queries and keys that do not cancel.
     """
+    source, notes = with_plain_embedding(source)
     target, found = find_dtype(dtype), stock(source.model, source.hf_config)
     what = plan(source.model, found.template)
     config = quantization_config(what.schemes, what.kv_cache, transform_groups(what.rotations))
@@ -67,7 +75,7 @@ def write(
     described = with_dtype(found.config, embed) | {"quantization_config": config}
     write_json(out / "config.json", described)
     copy_companions(source, out)
-    return _notes(what)
+    return notes + _notes(what)
 
 
 def transform_groups(rotations: dict[str, Hadamard]) -> dict[str, dict[str, Any]]:

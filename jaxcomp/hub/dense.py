@@ -5,6 +5,7 @@ multiplied back into the weights behind them, x T · T⁻¹W = x · W, and what 
 What was read from such a directory and not changed comes out bit for bit.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from jaxcomp.hub.write import ExportSource, copy_companions, write_json
 from jaxcomp.models.decoder import Block, Decoder, block_struct
 from jaxcomp.models.families.template import Param, stored_shape, stored_tensors
 from jaxcomp.models.fold import keeps_scores, take_back
+from jaxcomp.models.layers import table_of
 
 LOAD = 'transformers.AutoModelForCausalLM.from_pretrained("{out}")'
 DTYPES = {
@@ -64,6 +66,7 @@ def write(
     Raises:
       ValueError: see `check`; an unknown dtype; transforms of queries and keys that do not cancel.
     """
+    source, notes = with_plain_embedding(source)
     target, found = find_dtype(dtype), stock(source.model, source.hf_config)
     kept = np.dtype(source.model.embed.weight.dtype) if target is None else target
     layouts = [
@@ -76,7 +79,19 @@ def write(
     write_shards(out, layouts, parts(source), shard_size)
     write_json(out / "config.json", with_dtype(found.config, kept))
     copy_companions(source, out)
-    return _notes(source.model, kept)
+    return notes + _notes(source.model, kept)
+
+
+def with_plain_embedding(source: ExportSource) -> tuple[ExportSource, list[str]]:
+    """The source with a table of floats for an embedding, and what to say about it."""
+    model = source.model
+    if not isinstance(model.embed.weight, QTensor):
+        return source, []
+    dtype = np.dtype(model.config.compute_dtype if model.norm is None else model.norm.weight.dtype)
+    table = np.asarray(table_of(model.embed)).astype(dtype)
+    model = model.replace(embed=model.embed.replace(weight=table))
+    note = f"The embedding is dequantized to {dtype}: the format has no codes for it."
+    return dataclasses.replace(source, model=model), [note]
 
 
 def find_dtype(name: str | None) -> np.dtype | None:

@@ -186,8 +186,9 @@ def _plan(tree: Any, template: Any, arch: Architecture, dense: str) -> list[Plan
     for name, params in stored_tensors(template).items():
         shape, stored = stored_shape(params), gguf_name(name, DIALECTS[arch.name])
         assert stored is not None, f"no GGUF name for {name}"
-        kind, on_grid, note = _storage(gather(tree, params), shape, dense)
-        transpose = any(param.transpose for param in params.values())
+        leaf = gather(tree, params)
+        kind, on_grid, note = _storage(leaf, shape, dense)
+        transpose = isinstance(leaf, QTensor) or any(p.transpose for p in params.values())
         plan.append(Planned(Entry(stored, shape, kind), tuple(params), transpose, on_grid, note))
     return plan
 

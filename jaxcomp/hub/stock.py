@@ -50,6 +50,10 @@ def stock(model: Decoder, hf_config: Mapping[str, Any]) -> Stock:
     for i, (wanted, found) in enumerate(zip(template.blocks, structs, strict=True)):
         for difference in _differences(wanted, found, f"blocks.{i}"):
             raise ValueError(f"{name} computes something else: {difference}")
+    table = jax.ShapeDtypeStruct(
+        model.embed.shape, jnp.float32
+    )  # it may be held transposed, as codes
+    model = model.replace(embed=model.embed.replace(weight=table))
     for part in ("embed", "norm", "lm_head"):
         for difference in _differences(getattr(template, part), getattr(model, part), part):
             raise ValueError(f"{name} computes something else: {difference}")

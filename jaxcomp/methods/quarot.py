@@ -87,8 +87,10 @@ class QuaRot:
 
     def check(self, model: Decoder) -> None:
         """Raises ValueError where the settings do not fit the model; reads no block."""
-        if self.residual and model.lm_head is not None:
-            check_dense(model.lm_head, "lm_head")
+        if self.residual:
+            for name, p in (("embed", Linear(model.embed.weight)), ("lm_head", model.lm_head)):
+                if p is not None:
+                    check_dense(p, name)
         if self.residual and self.rotation == "hadamard":
             _check_order("d_model", model.config.d_model, "rotation='orthogonal' or residual=False")
         for i, block in enumerate(map(block_struct, model.blocks)):

@@ -2,9 +2,10 @@
 
 Also the plainest way to quantize activations and the KV cache, whatever made the weights: a
 quantizer at each site, with its range measured at run time (dynamic) or on calibration text
-(static). A static range is that of the block with its weights rounded, in two forms: one for a
-whole activation, or one for each channel of each key head ("channel"), which is how keys with
-outlier channels are usually held.
+(static). And the way to round the embedding and the head, `RTN(weight=None, ends=QuantSpec(8))`. A
+static range is that of the block with its weights rounded, in two forms: one for a whole
+activation, or one for each channel of each key head ("channel"), which is how keys with outlier
+channels are usually held.
 
 Source: Jacob et al., arXiv 1712.05877; the clip search is `jaxcomp.solvers.clipping`; fixed clip
 ratios as in QuaRot, arXiv 2404.00456 (0.9 for activations, 0.95 for the cache).
@@ -21,12 +22,13 @@ from jaxcomp.calibrate.capture import capture, capture_batch
 from jaxcomp.calibrate.plan import BlockPlan, Program, tree_bytes
 from jaxcomp.calibrate.stats import Range, range_init, range_update
 from jaxcomp.calibrate.stream import BlockStep, Calibration, Metrics, Result, Run, blockwise
-from jaxcomp.core.metrics import relative_error
+from jaxcomp.core.metrics import Row, relative_error
 from jaxcomp.core.quantize import (
     QTensor,
     QuantSpec,
     dequantize,
     fit_range,
+    n_groups,
     quantize_with,
     range_to_grid,
 )
@@ -58,6 +60,9 @@ class RTN:
       clip: search each weight group's range instead of taking min and max.
       act_clip, kv_clip: share of the range that is kept, in (0, 1]; what is beyond saturates.
       overrides: other widths at some sites of some blocks.
+      ends: grid of the embedding and of the head, along d_model, with a range for every token of
+        the vocabulary or for groups of its channels; one table where the model ties them. None
+        leaves them as they are, and so are those that are quantized already.
     """
 
     weight: QuantSpec | None = QuantSpec(bits=4)
@@ -69,6 +74,7 @@ class RTN:
     act_clip: float = 1.0
     kv_clip: float = 1.0
     overrides: tuple[Override, ...] = ()
+    ends: QuantSpec | None = None
 
     def __post_init__(self):
         for name, grids in (("act", ACT_GRIDS), *((n, CACHE_GRIDS) for n in ("kv", "k", "v"))):
@@ -98,13 +104,20 @@ class RTN:
         def visit(step: BlockStep) -> tuple[Block, Metrics]:
             return round_block(settings_in_block(self, step.index, len(model.blocks)), step)
 
-        return blockwise("RTN", model, calib, visit, "compressed" if self.needs_text else None, run)
+        inputs = "compressed" if self.needs_text else None
+        result = blockwise("RTN", model, calib, visit, inputs, run)
+        if self.ends is None:
+            return result
+        model, rows = round_ends(self, result.model)
+        return Result(model, result.rows + rows)
 
     def check(self, model: Decoder) -> None:
         """Raises ValueError where the settings do not fit the model; reads no block."""
         self.scheme.check(len(model.blocks))
         if self.weight is not None:
             check_grid(model, self.weight, self.scheme.linears)
+        if self.ends is not None:
+            _check_ends(self.ends, model.config.d_model)
         for i, block in enumerate(map(block_struct, model.blocks)):
             for site in site_grids(settings_in_block(self, i, len(model.blocks)), block):
                 part = anatomy(block).sites.get(site)
@@ -160,6 +173,26 @@ def round_block(cfg: RTN, step: BlockStep) -> tuple[Block, Metrics]:
     block = put_quantizers(cfg, dynamic, block, {})
     ranges = measure_ranges(block, grids, step)
     return put_quantizers(cfg, grids, block, ranges), metrics
+
+
+def round_ends(cfg: RTN, model: Decoder) -> tuple[Decoder, list[Row]]:
+    """Quantizes the embedding, and the head unless it is the same table."""
+    rows, tied = [], model.lm_head is None
+
+    def rounded(name: str, w: Any) -> Any:
+        if isinstance(w, QTensor):
+            metrics = {"skipped": f"already quantized to {w.bits} bits"}
+        else:
+            w, error = _round(w, spec=cfg.ends, clip=cfg.clip)
+            metrics = {"weight_error": float(error), "bits": cfg.ends.bits}
+        rows.append(Row("RTN", None, name, metrics))
+        return w
+
+    table = model.embed.weight
+    table = table if isinstance(table, QTensor) else jnp.asarray(table).T
+    table = rounded("embed and head" if tied else "embed", table)
+    head = model.lm_head if tied else model.lm_head.replace(w=rounded("head", model.lm_head.w))
+    return model.replace(embed=model.embed.replace(weight=table), lm_head=head), rows
 
 
 def site_grids(cfg: RTN, block: Block) -> dict[str, QuantSpec]:
@@ -226,6 +259,19 @@ def _range_init(block: Block, grids: dict[str, QuantSpec]) -> dict[str, Range]:
         else:
             states[name] = range_init(channels(block, name))
     return states
+
+
+def _check_ends(spec: QuantSpec, d_model: int) -> None:
+    """Refuses a grid that the embedding cannot have."""
+    if spec.granularity != "channel":
+        raise ValueError(
+            f"ends has granularity={spec.granularity!r}; the embedding takes 'channel', a range "
+            "for every token, if need be with a group_size"
+        )
+    try:
+        n_groups(d_model, spec)
+    except ValueError as error:
+        raise ValueError(f"ends: {error}") from None
 
 
 def _check_site_grid(name: str, spec: QuantSpec | None, grids: tuple) -> None:

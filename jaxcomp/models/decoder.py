@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxcomp.core.linear import Linear, linear
+from jaxcomp.core.quantize import QTensor
 from jaxcomp.core.site import Site, Tap, site_tap
 from jaxcomp.core.struct import node, static
 from jaxcomp.kv.cache import Cache, LayerCache, empty_rows, init_cache, packed_sites
@@ -176,9 +177,12 @@ def head_logits(
 ) -> Float[Array, "*tokens vocab"]:
     """Final norm and head, float32."""
     x = rms_norm(model.norm, x)
+    w = model.embed.weight
     if model.lm_head is not None:
-        return linear(model.lm_head, x).astype(jnp.float32)
-    w = model.embed.weight.astype(x.dtype)
+        return linear(model.lm_head, x, jnp.float32)
+    if isinstance(w, QTensor):
+        return linear(Linear(w), x, jnp.float32)
+    w = w.astype(x.dtype)
     return jnp.einsum("...d,vd->...v", x, w, preferred_element_type=jnp.float32)
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxcomp.core.linear import dense_of
 from jaxcomp.models.decoder import Decoder
-from jaxcomp.models.layers import RMSNorm, rms_norm
+from jaxcomp.models.layers import RMSNorm, rms_norm, table_of
 
 VOCAB_CHUNK = 512  # words whose logits exist at once; small enough to stay in the cache
 
@@ -69,7 +69,7 @@ def open_head(model: Decoder) -> Head:
 @functools.partial(jax.jit, static_argnames="dtype")
 def _open(model: Decoder, dtype: str) -> Head:
     if model.lm_head is None:
-        return Head(model.norm, model.embed.weight.astype(dtype), None)
+        return Head(model.norm, table_of(model.embed).astype(dtype), None)
     w, b = model.lm_head.w, model.lm_head.b
     return Head(
         model.norm, dense_of(w).astype(dtype).T, None if b is None else b.astype(jnp.float32)

@@ -4,7 +4,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxcomp.core.linear import dense_of, weight_of
+from jaxcomp.core.quantize import QTensor
 from jaxcomp.core.struct import node, static
+from pallas_kernels.weight import Weight, take_columns
 
 
 @node
@@ -45,15 +48,33 @@ def head_norm(
 
 @node
 class Embed:
-    """Token embedding; `scale` multiplies what is read from it."""
+    """Token embedding; `scale` multiplies what is read from it.
 
-    weight: Float[Array, "vocab d_model"]
+    A quantized table is the weight `[d_model, vocab]` that a tied head multiplies by: its groups
+    are runs of a token's channels, and a token is read as a column.
+    """
+
+    weight: Float[Array, "vocab d_model"] | QTensor | Weight
     scale: float | None = static(default=None)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`[vocab, d_model]`, however the table is held."""
+        held = self.weight.shape
+        return held[::-1] if isinstance(self.weight, QTensor | Weight) else held
 
 
 def embed_tokens(
     p: Embed, tokens: Int[Array, "batch time"], dtype: str
 ) -> Float[Array, "batch time d_model"]:
     """Rows of the embedding in `dtype`."""
-    x = p.weight[tokens].astype(dtype)
+    if isinstance(p.weight, QTensor | Weight):
+        x = take_columns(weight_of(p.weight), tokens).astype(dtype)
+    else:
+        x = p.weight[tokens].astype(dtype)
     return x if p.scale is None else x * jnp.asarray(p.scale, dtype)
+
+
+def table_of(p: Embed) -> Float[Array, "vocab d_model"]:
+    """The whole table as an array; float32 where it was quantized."""
+    return dense_of(p.weight).T if isinstance(p.weight, QTensor | Weight) else p.weight

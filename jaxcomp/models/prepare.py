@@ -33,10 +33,14 @@ def prepare(model: Decoder) -> Decoder:
     """
     blocks = tuple(jax.device_put(prepare_block(block)) for block in iter_blocks(model))
     model = jax.device_put(model.replace(blocks=blocks))
-    if model.lm_head is None:
-        tied = DenseWeight(model.embed.weight, transposed=True)
-        return model.replace(lm_head=Linear(tied))
-    return model.replace(lm_head=prepare_linear(model.lm_head))
+    table = model.embed.weight
+    if isinstance(table, QTensor):
+        table = prepare_linear(Linear(table)).w
+    if model.lm_head is not None:
+        head = prepare_linear(model.lm_head)
+    else:  # one table, held once
+        head = Linear(table if isinstance(table, Weight) else DenseWeight(table, transposed=True))
+    return model.replace(embed=model.embed.replace(weight=table), lm_head=head)
 
 
 def prepare_block(block: Block) -> Block:

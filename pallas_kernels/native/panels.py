@@ -6,7 +6,7 @@ neighbouring input channels of one of them. Codes of 2 and 3 bits are kept in 4,
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int8, UInt8, UInt32
+from jaxtyping import Array, Int, Int8, UInt8, UInt32
 
 from pallas_kernels.weight import Weight, codes_of, grid_of
 
@@ -78,10 +78,20 @@ def to_panels(
 
 def codes_of_panels(w: Weight) -> Int8[Array, "in_ch out_ch"]:
     """The inverse of `prepare`, for the codes."""
-    stored = stored_bits(w.bits)
+    words = w.codes.swapaxes(0, 1).reshape(w.codes.shape[1], -1)
+    return _codes_of_words(words, w.bits)[: w.in_ch, : w.out_ch]
+
+
+def columns_of_panels(w: Weight, ids: Int[Array, " ids"]) -> Int8[Array, "in_ch ids"]:
+    """The codes of some output channels."""
+    return _codes_of_words(w.codes[ids // PANEL, :, ids % PANEL].T, w.bits)[: w.in_ch]
+
+
+def _codes_of_words(
+    words: UInt32[Array, "words columns"], bits: int
+) -> Int8[Array, "rows columns"]:
+    stored = stored_bits(bits)
     per_word, mask, offset = 32 // stored, 2**stored - 1, 2 ** (stored - 1)
-    panels, words, _ = w.codes.shape
-    split = [(w.codes >> (stored * i)) & mask for i in range(per_word)]
-    codes = jnp.stack(split, axis=2).astype(jnp.int32) - offset  # [panels, words, per_word, 64]
-    codes = codes.reshape(panels, words * per_word, PANEL).swapaxes(0, 1)
-    return codes.reshape(words * per_word, -1)[: w.in_ch, : w.out_ch].astype(jnp.int8)
+    split = [(words >> (stored * i)) & mask for i in range(per_word)]
+    codes = jnp.stack(split, axis=1).astype(jnp.int32) - offset  # [words, per_word, columns]
+    return codes.reshape(-1, words.shape[1]).astype(jnp.int8)
