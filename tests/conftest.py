@@ -31,6 +31,7 @@ NUMERIC = (
     "jaxcomp.models.generate",
     "jaxcomp.models.head",
     "jaxcomp.models.layers",
+    "jaxcomp.models.patch",
     "jaxcomp.models.likelihood",
     "jaxcomp.models.rope",
     "jaxcomp.models.sampling",

@@ -42,10 +42,12 @@ class Hadamard:
     """x → x (I ⊗ H/√order ⊗ I_inner), orthogonal; channels are `[blocks, order, inner]`.
 
     `inner` 1 rotates runs of `order` neighbouring channels, `inner` head_dim mixes heads.
+    `transposed` takes Hᵀ, which undoes H: not every Hadamard matrix is symmetric.
     """
 
     order: int = static()
     inner: int = static(default=1)
+    transposed: bool = static(default=False)
 
     def __post_init__(self):
         if hadamard_base(self.order) is None:
@@ -79,6 +81,8 @@ def _(t: Kron, x: Array) -> Array:
 def _(t: Hadamard, x: Array) -> Array:
     base = hadamard_base(t.order)
     factor = None if base == 1 else hadamard_matrix(base)
+    if t.transposed and factor is not None:
+        factor = factor.T
     return hadamard(x, factor, (t.order // base).bit_length() - 1, t.inner)
 
 

@@ -131,7 +131,8 @@ def _rotation(block: Block, path: str) -> Hadamard | None:
     transforms = block.sites.get(name, Site()).transforms
     if not transforms:
         return None
-    if len(transforms) > 1 or not isinstance(transforms[0], Hadamard):
+    first = transforms[0]
+    if len(transforms) > 1 or not isinstance(first, Hadamard) or first.transposed:
         kinds = " and ".join(type(t).__name__ for t in transforms)
         raise ValueError(
             f"{name} is multiplied by {kinds} at run time, and the format has one Hadamard matrix "

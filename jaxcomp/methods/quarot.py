@@ -42,6 +42,7 @@ from jaxcomp.core.tree import get_at, replace_at
 from jaxcomp.models.anatomy import anatomy, channels
 from jaxcomp.models.decoder import Block, Decoder, block_struct
 from jaxcomp.models.fold import check_dense, fold_norm, insert_online, rotate_keys, rotate_values
+from jaxcomp.models.patch import rotate_patch
 from jaxcomp.models.scaling import as_float32
 from jaxcomp.solvers.orthogonal import random_orthogonal
 
@@ -187,11 +188,10 @@ def _rotate(
         block = insert_online(block, "ffn_mid", Hadamard(channels(block, "ffn_mid")))
     if cfg.keys:
         block = rotate_keys(block, Hadamard(block.attn.head_dim))
-    after, sites = weight_peak(block), block.sites
-    block = jax.tree.map(
-        lambda new, old: new.astype(old.dtype), block.replace(sites=stored.sites), stored
-    )
-    return block.replace(sites=sites), before, after
+    after, sites, patch = weight_peak(block), block.sites, block.patch
+    rest = block.replace(sites=stored.sites, patch=stored.patch)
+    block = jax.tree.map(lambda new, old: new.astype(old.dtype), rest, stored)
+    return block.replace(sites=sites, patch=patch), before, after
 
 
 def rotate_stream(block: Block, rotation: tuple[Transform, ...]) -> Block:
@@ -204,7 +204,10 @@ def rotate_stream(block: Block, rotation: tuple[Transform, ...]) -> Block:
         p = get_at(block, path)
         b = None if p.b is None else _rotate_columns(p.b, rotation)
         block = replace_at(block, path, Linear(_rotate_columns(p.w, rotation), b))
-    return block
+    if block.patch is None:
+        return block
+    width = get_at(block, parts.readers[0]).w.shape[-2]
+    return block.replace(patch=rotate_patch(block.patch, rotation, width))
 
 
 def rotate_ends(model: Decoder, rotation: tuple[Transform, ...]) -> Decoder:

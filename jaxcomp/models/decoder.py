@@ -21,6 +21,7 @@ from jaxcomp.models.attention import GQA, Context, attention, masked_context, pl
 from jaxcomp.models.config import ModelConfig
 from jaxcomp.models.ffn import DenseFFN, ffn
 from jaxcomp.models.layers import Embed, RMSNorm, embed_tokens, rms_norm
+from jaxcomp.models.patch import Patch, apply_patch
 
 
 @node
@@ -30,6 +31,7 @@ class Block:
     Attributes:
       sites: what happens at the block's named activations; a site not named is left alone.
       gate: `x + gate · (block(x) − x)`; None for an ordinary block.
+      patch: maps the block's input, x in all of the above, where blocks before it were removed.
     """
 
     attn_norm: RMSNorm | None
@@ -40,6 +42,7 @@ class Block:
     ffn_post_norm: RMSNorm | None = None
     sites: dict[str, Site] = dataclasses.field(default_factory=dict)
     gate: Float[Array, ""] | None = None
+    patch: Patch | None = None
 
 
 @runtime_checkable
@@ -57,13 +60,19 @@ class BlockHandle(Protocol):
 
 @node
 class Decoder:
-    """A causal language model. `lm_head` None means the embedding is tied to the head."""
+    """A causal language model.
+
+    Attributes:
+      lm_head: None means that the embedding is tied to the head.
+      kept: of a model that lost blocks, the places its blocks had before; None where none did.
+    """
 
     embed: Embed
     blocks: tuple[Any, ...]  # Block or BlockHandle
     norm: RMSNorm | None
     lm_head: Linear | None = None
     config: ModelConfig = static(default=None)
+    kept: tuple[int, ...] | None = static(default=None)
 
 
 def forward(
@@ -162,6 +171,7 @@ def block_apply(
 ) -> tuple[Float[Array, "batch time d_model"], LayerCache | None]:
     """One block, with or without a cache; a packed cache wants codes from the sites it keeps."""
     tap = tap or site_tap(block.sites, packed_sites(cache))
+    x = apply_patch(block.patch, x, ctx.positions)
     h = tap("attn_in", rms_norm(block.attn_norm, x))
     h, cache = attention(block.attn, h, ctx, tap, cache)
     y = x + rms_norm(block.attn_post_norm, h)

@@ -13,6 +13,7 @@ from jaxcomp.core.site import Site
 from jaxcomp.core.struct import NODES, is_static
 from jaxcomp.core.transforms import Hadamard, Kron, Transform
 from jaxcomp.models.decoder import Decoder, block_struct
+from jaxcomp.models.patch import Patch
 
 
 def structure_tree(model: Decoder, every_block: bool = False) -> Tree:
@@ -21,6 +22,8 @@ def structure_tree(model: Decoder, every_block: bool = False) -> Tree:
     for field in dataclasses.fields(model.config):
         value = getattr(model.config, field.name)
         root.add(f"[dim]{field.name}[/] {escape(str(value))}")
+    if model.kept is not None:
+        root.add(f"[dim]kept of the original's blocks[/] {', '.join(map(str, model.kept))}")
     _add(root, "embed", model.embed)
     structs = [block_struct(block) for block in model.blocks]
     runs: list[list[int]] = []
@@ -60,9 +63,16 @@ def site_text(site: Site) -> str:
     return " → ".join(parts) or "as it is"
 
 
+def patch_text(patch: Patch) -> str:
+    """One line about a patch: its transforms in order."""
+    first = ", the first token left alone" if patch.skip_first else ""
+    return (" → ".join(map(_transform_text, patch.transforms)) or "as it is") + first
+
+
 def _transform_text(t: Transform) -> str:
     if isinstance(t, Hadamard):
-        return f"Hadamard {t.order}" + (f" ⊗ I{t.inner}" if t.inner > 1 else "")
+        name = "Hadamardᵀ" if t.transposed else "Hadamard"
+        return f"{name} {t.order}" + (f" ⊗ I{t.inner}" if t.inner > 1 else "")
     if isinstance(t, Kron):
         return " ⊗ ".join("I" if m is None else f"P{m.shape[0]}" for m in (t.left, t.right))
     return f"Diag {t.scale.shape[0]}"
@@ -76,6 +86,8 @@ def _add(parent: Tree, name: str, part: Any) -> None:
         parent.add(f"{name}  {weight_text(part.w)}{bias}")
     elif isinstance(part, Site):
         parent.add(f"{name}  {site_text(part)}")
+    elif isinstance(part, Patch):
+        parent.add(f"{name}  {patch_text(part)}")
     elif isinstance(part, QTensor) or hasattr(part, "shape"):
         parent.add(f"{name}  {weight_text(part)}")
     elif isinstance(part, dict):

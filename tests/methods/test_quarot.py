@@ -9,13 +9,14 @@ from jaxcomp import artefact
 from jaxcomp.calibrate import Calibration, Run, StepStore
 from jaxcomp.calibrate.plan import plan
 from jaxcomp.core.quantize import QuantSpec
-from jaxcomp.core.transforms import Hadamard, Kron
+from jaxcomp.core.transforms import Diag, Hadamard, Kron
 from jaxcomp.core.tree import named_leaves
 from jaxcomp.methods import RTN
 from jaxcomp.methods import quarot as module
 from jaxcomp.methods.quarot import QuaRot
 from jaxcomp.models.decoder import forward, map_blocks
 from jaxcomp.models.layers import RMSNorm
+from jaxcomp.models.patch import Patch
 from tests import tiny
 
 CACHE_ALONE = QuaRot(residual=False, values=False, ffn=False, head_mix="none")
@@ -214,3 +215,13 @@ def test_unknown_choices_are_refused():
         QuaRot(head_mix="random")
     with pytest.raises(ValueError, match="rotation='none' is none of hadamard, orthogonal"):
         QuaRot(rotation="none")
+
+
+def test_a_patched_model_is_rotated_with_its_patch():
+    model, tokens = tiny.model("llama", jax.random.key(0)), tiny.tokens(jax.random.key(2))
+    scale = 1.2 ** jax.random.normal(jax.random.key(5), (32,))
+    block = model.blocks[1].replace(patch=Patch((Diag(scale),), skip_first=True))
+    model = model.replace(blocks=(model.blocks[0], block))
+    rotated, _ = QuaRot()(model)
+    np.testing.assert_allclose(forward(rotated, tokens), forward(model, tokens), atol=1e-3)
+    assert rotated.blocks[1].patch.transforms[0].right.shape == (32, 32)
