@@ -210,7 +210,8 @@ def compress(
         model, rows, found = loaded.model, [], []
         for i, step in enumerate(recipe.steps):
             with _timed(seconds, f"{i}: {type(step).__name__}"):
-                run = Run(StepStore(work / f"step.{i}"), progress.step, mesh)
+                store = StepStore(work / f"step.{i}")
+                run = Run(store, progress.step, mesh, original=loaded.model)
                 model, new = step(model, calib, run)
                 rows += new
                 found.append(step.found(new) if hasattr(step, "found") else step)
@@ -335,7 +336,8 @@ def _open_work(path: pathlib.Path, identity: dict, resume: bool) -> pathlib.Path
         differs = sorted(k for k in identity if identity[k] != other.get(k))
         if not differs:
             return path
-        if any(path.glob("step.*/**/state.json")):  # else no block is finished, and none is lost
+        # Without these no block is finished and nothing is found, and so nothing is lost.
+        if any(path.glob("step.*/**/state.json")) or any(path.glob("step.*/**/*.kept.json")):
             raise ValueError(
                 f"{path} holds unfinished work of another run (other: {', '.join(differs)}); "
                 "choose another output, or discard it with resume=False (--no-resume)"

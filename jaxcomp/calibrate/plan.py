@@ -57,6 +57,21 @@ class BlockPlan(NamedTuple):
     result: Block
 
 
+class ModelPlan(NamedTuple):
+    """What a method does that changes the model as a whole, such as the number of its blocks.
+
+    Attributes:
+      programs: in the order they are called, each with its calls for the whole model.
+      kept_bytes: what it keeps beside one block.
+      result: the model it gives back, whose blocks may be structs or the handles it was given. What
+        only the run will tell, such as which blocks are removed, is a guess of the right size.
+    """
+
+    programs: list[Program]
+    kept_bytes: int
+    result: Decoder
+
+
 class StepPlan(NamedTuple):
     """A step of a recipe as it is expected to go.
 
@@ -78,8 +93,8 @@ def plan(model: Decoder, steps: Iterable[Any], calib: Calibration | None) -> lis
       model: blocks may be behind handles; they are not read.
       steps: methods with `check(model)`, `needs_text` and a `plan_block(block, hidden, batches,
         n_blocks)` that returns a `BlockPlan`, where `hidden` is the struct of one batch of hidden
-        states (None without calibration). Each is planned on what the steps before it make of the
-        blocks.
+        states (None without calibration); or in its place a `plan_model(model, hidden, batches)`
+        that returns a `ModelPlan`. Each is planned on what the steps before it make of the model.
       calib: the windows, for their shape.
 
     Raises:
@@ -87,7 +102,7 @@ def plan(model: Decoder, steps: Iterable[Any], calib: Calibration | None) -> lis
     """
     _, _, hidden_bytes = _calibration(model, calib)
     planned = []
-    for step, plans in list(_walk(model, steps, calib)):  # all are checked before one is compiled
+    for step, plans, _ in list(_walk(model, steps, calib)):  # all are checked, then compiled
         seconds, most, seen = 0.0, 0, {}
         for key, block, plan in plans:
             if key not in seen:
@@ -104,13 +119,13 @@ def check_steps(model: Decoder, steps: Iterable[Any], calib: Calibration | None)
     Arguments are those of `plan`.
 
     Returns:
-      `model` with the structure of its blocks after the last step.
+      `model` with the structure of its blocks after the last step; see `ModelPlan.result`.
 
     Raises:
       ValueError: a step does not fit what the steps before it make of the model, or lacks text.
     """
-    for _, plans in _walk(model, steps, calib):
-        model = model.replace(blocks=tuple(plan.result for _, _, plan in plans))
+    for _, _, after in _walk(model, steps, calib):
+        model = after
     return model
 
 
@@ -130,13 +145,21 @@ def tree_bytes(tree: Any) -> int:
 
 def _walk(
     model: Decoder, steps: Iterable[Any], calib: Calibration | None
-) -> Iterator[tuple[Any, list[tuple[Any, Block, BlockPlan]]]]:
-    """Each step with, for every block, a key that equal blocks share, the block and its plan."""
+) -> Iterator[tuple[Any, list[tuple[Any, Block, BlockPlan | ModelPlan]], Decoder]]:
+    """Each step, for every block a key that equal blocks share, the block and its plan, and what
+    the step makes of the model. A step that is planned as a whole has one plan, and stands beside
+    the model's largest block."""
     hidden, batches, _ = _calibration(model, calib)
     for step in steps:
         step.check(model)
         if step.needs_text:
             check_text(type(step).__name__, calib)
+        if hasattr(step, "plan_model"):
+            whole = step.plan_model(model, hidden, batches)
+            largest = max(map(block_struct, model.blocks), key=tree_bytes)
+            model = whole.result
+            yield step, [(None, largest, whole)], model
+            continue
         found, keys = {}, []
         for i, block in enumerate(map(block_struct, model.blocks)):
             here, leaves = settings_in_block(step, i, len(model.blocks)), jax.tree.leaves(block)
@@ -144,8 +167,9 @@ def _walk(
             if key not in found:
                 found[key] = block, here.plan_block(block, hidden, batches, len(model.blocks))
             keys.append(key)
-        yield step, (plans := [(key, *found[key]) for key in keys])
+        plans = [(key, *found[key]) for key in keys]
         model = model.replace(blocks=tuple(plan.result for _, _, plan in plans))
+        yield step, plans, model
 
 
 def _calibration(model: Decoder, calib: Calibration | None) -> tuple[Any, int, int]:
@@ -158,7 +182,7 @@ def _calibration(model: Decoder, calib: Calibration | None) -> tuple[Any, int, i
     return batch, -(-samples // calib.batch), samples * length * width * dtype.itemsize
 
 
-def _plan_block(plan: BlockPlan, block: Block) -> tuple[float, int]:
+def _plan_block(plan: BlockPlan | ModelPlan, block: Block) -> tuple[float, int]:
     seconds, working = 0.0, 0
     for program in plan.programs:
         compiled = program.function.lower(*program.args, **program.static).compile()

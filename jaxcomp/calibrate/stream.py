@@ -82,7 +82,8 @@ Progress = Callable[[str, int, int, list[Row]], None]  # step, blocks done, bloc
 class StepStore:
     """The unfinished work of one step, in a directory: finished blocks, rows, hidden states.
 
-    `state.json` is written last and atomically; what it names is complete.
+    `state.json` is written last and atomically; what it names is complete. A step that does not go
+    block by block keeps what it found as JSON values, see `keep`.
     """
 
     def __init__(self, path: Path):
@@ -105,6 +106,14 @@ class StepStore:
     def part(self, name: str) -> "StepStore":
         """The store of a part of this step, for a step that walks the blocks more than once."""
         return StepStore(self.path / name)
+
+    def keep(self, name: str, make: Callable[[], Any]) -> Any:
+        """The JSON value kept under `name`, made the first time and complete or not there."""
+        place = self.path / f"{name}.kept.json"
+        if not place.exists():
+            text = json.dumps(make(), allow_nan=False)
+            write_whole(place, lambda f: f.write(text.encode()))
+        return json.loads(place.read_text())
 
     def hidden(self, done: int) -> Hidden:
         """The hidden states behind `done` finished blocks."""
@@ -165,11 +174,27 @@ class Run:
       mesh: devices that share every batch, from `jaxcomp.parallel.data_mesh`. They may belong to
         several processes, each of which then calls the method with the same model, text and
         settings, without a store, and gets the same blocks.
+      original: the model as the recipe was given it, for a step that looks at what the steps before
+        it changed; see `needs_original`.
     """
 
     store: StepStore | None = None
     progress: Progress | None = None
     mesh: Mesh | None = None
+    original: Decoder | None = None
+
+    def needs_original(self, name: str) -> Decoder:
+        """The original, for the step `name`.
+
+        Raises:
+          ValueError: the run has none.
+        """
+        if self.original is None:
+            raise ValueError(
+                f"{name} looks at the model as it was before the recipe, and the run has none; "
+                "call it inside a recipe, or with Run(original=…)"
+            )
+        return self.original
 
     @property
     def place(self) -> Placement:

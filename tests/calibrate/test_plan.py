@@ -1,17 +1,20 @@
 """The dry run: it reads no block, and what it says is made of what the compiler knows."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import numpy as np
 import pytest
 
 from jaxcomp.calibrate import Calibration
-from jaxcomp.calibrate.plan import check_steps, plan, tree_bytes
+from jaxcomp.calibrate.plan import ModelPlan, Program, check_steps, plan, tree_bytes
 from jaxcomp.core.quantize import QTensor, QuantSpec
 from jaxcomp.core.scheme import Override
 from jaxcomp.methods import GPTQ, RTN, FlatQuant, SmoothQuant
 from jaxcomp.models.decoder import Block, block_struct
+from jaxcomp.models.depth import drop
+from jaxcomp.models.stream import block_step
 from tests import tiny
 
 TOKENS = np.zeros((6, 16), np.int32)
@@ -75,3 +78,30 @@ def test_an_order_that_cannot_be_is_refused_before_anything_begins(model, steps)
 def test_a_step_without_the_text_it_needs_is_refused(model):
     with pytest.raises(ValueError, match="SmoothQuant needs calibration text"):
         check_steps(model, (RTN(weight=None), SmoothQuant()), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class DropFirst:
+    """A step that changes the number of blocks."""
+
+    needs_text: ClassVar[bool] = False
+
+    def check(self, model):
+        if len(model.blocks) < 2:
+            raise ValueError("one block is left")
+
+    def plan_model(self, model, hidden, batches):
+        program = Program(block_step, (block_struct(model.blocks[0]), hidden), 3 * batches)
+        return ModelPlan([program], 100, drop(model, (0,)))
+
+
+def test_a_step_that_removes_blocks_is_planned_as_a_whole(model):
+    calib, everywhere = Calibration(TOKENS, batch=3), Override(blocks=(1,), weight_bits=16)
+    after = check_steps(model, (DropFirst(), GPTQ()), calib)
+    assert len(after.blocks) == 1 and after.kept == (1,)
+    steps = plan(model, (DropFirst(), GPTQ()), calib)
+    assert [s.step for s in steps] == ["DropFirst", "GPTQ"] and steps[0].seconds > 0
+    with pytest.raises(ValueError, match="one block is left"):
+        check_steps(model, (DropFirst(), DropFirst()), calib)
+    with pytest.raises(ValueError, match="an override is for block 1"):
+        check_steps(model, (DropFirst(), GPTQ(overrides=(everywhere,))), calib)

@@ -198,3 +198,22 @@ def test_blocks_of_a_stored_step_are_handles_with_their_quantized_leaves(model, 
     assert not hasattr(block, "attn") and block.struct().ffn.down.w.bits == 3
     assert isinstance(load_block(block).ffn.down.w, QTensor)
     assert anatomy(block.struct()).linears == anatomy(model.blocks[1]).linears
+
+
+def test_a_value_is_made_once_and_kept(tmp_path):
+    store, made = StepStore(tmp_path / "step"), []
+    for _ in range(2):
+        assert store.keep("scores", lambda: made.append(1) or {"bi": [0.5, 1e-9]}) == {
+            "bi": [0.5, 1e-9]
+        }
+    assert made == [1]
+    with pytest.raises(ValueError, match="JSON"):
+        store.keep("worse", lambda: float("nan"))
+    assert store.keep("worse", lambda: 1) == 1  # nothing was left behind
+
+
+def test_a_step_that_needs_the_original_says_how_to_give_it():
+    model = tiny.model("qwen2", jax.random.key(0))
+    assert Run(original=model).needs_original("X") is model
+    with pytest.raises(ValueError, match=r"X looks at the model as it was.*Run\(original="):
+        Run().needs_original("X")
