@@ -118,7 +118,8 @@ class DepthPlan:
       metric: how blocks were chosen.
       text_sha256: of the calibration windows; "" where none were needed.
       tokens: in those windows.
-      scores: what was measured, a number a candidate; its meaning is the metric's.
+      scores: what was measured of each block, or of each span by its first block, None where it was
+        not; low ones go.
       margin: relative gap between the chosen and the next best; None where there is no such number.
       version: of the library.
     """
@@ -129,7 +130,7 @@ class DepthPlan:
     metric: str = "by hand"
     text_sha256: str = ""
     tokens: int = 0
-    scores: tuple[float, ...] = ()
+    scores: tuple[float | None, ...] = ()
     margin: float | None = None
     version: str = ""
 
@@ -137,7 +138,7 @@ class DepthPlan:
         if type(self.n_blocks) is not int or self.n_blocks < 1:
             raise ValueError(f"n_blocks={self.n_blocks!r} is no number of blocks")
         object.__setattr__(self, "removed", check_removed(self.removed, self.n_blocks))
-        if bad := [s for s in self.scores if not math.isfinite(s)]:
+        if bad := [s for s in self.scores if s is not None and not math.isfinite(s)]:
             raise ValueError(f"a score is {bad[0]}; a plan holds finite numbers")
 
     def check(self, model: Decoder) -> None:
