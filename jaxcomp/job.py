@@ -31,6 +31,7 @@ from jaxcomp import artefact
 from jaxcomp.calibrate import comparison
 from jaxcomp.calibrate.plan import check_steps, plan, plan_write
 from jaxcomp.calibrate.stream import Calibration, Run, StepStore, check_batches, write_whole
+from jaxcomp.core.files import sha256_file
 from jaxcomp.data.batches import evaluation_windows, sample_hash, sample_windows
 from jaxcomp.data.corpora import load_text
 from jaxcomp.data.tasks import load_task
@@ -271,6 +272,7 @@ def run_identity(
     """All that the result of a run depends on, as JSON values."""
     texts = {e.text: load_text(e.text).sha256 for e in recipe.evals if hasattr(e, "text")}
     texts |= {e.task: load_task(e.task).sha256 for e in recipe.evals if hasattr(e, "task")}
+    files = {f: sha256_file(pathlib.Path(f)) for s in recipe.steps for f in getattr(s, "files", ())}
     return {
         "model": loaded.fingerprint(),
         "recipe": recipe_to_json(recipe),
@@ -278,7 +280,7 @@ def run_identity(
         "texts": texts,
         "compute_dtype": compute_dtype,
         "jaxcomp": jaxcomp.__version__,
-    }
+    } | ({"files": files} if files else {})
 
 
 def dry_run(

@@ -24,16 +24,21 @@ import functools
 import hashlib
 import importlib.metadata
 import logging
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
+from jaxcomp.calibrate.plan import ModelPlan, Program, tree_bytes
 from jaxcomp.calibrate.removal import Tick, influences, losses_without
-from jaxcomp.calibrate.saliency import check_weights, magnitude, taylor
+from jaxcomp.calibrate.saliency import backward, check_weights, magnitude, taylor
 from jaxcomp.calibrate.similarity import outlier_blocks, peaks, similarity
 from jaxcomp.calibrate.stream import Calibration, Run, check_text
-from jaxcomp.models.decoder import Decoder
+from jaxcomp.core.metrics import Row
+from jaxcomp.models.decoder import Decoder, block_struct
 from jaxcomp.models.depth import DepthPlan, drop, model_digest, plan_from_json, plan_to_json
+from jaxcomp.models.stream import block_step
 from jaxcomp.solvers import selection
 from jaxcomp.solvers.selection import Choice
 
@@ -140,6 +145,55 @@ def choose_blocks(
     make = lambda: _choose(name, model, calib, how, run)  # noqa: E731
     kept = run.store.keep("plan", make) if run.store else make()
     return Chosen(plan_from_json(kept["plan"]), tuple(kept["warnings"]))
+
+
+def plan_rows(name: str, plan: DepthPlan, warnings: Iterable[str] = ()) -> list[Row]:
+    """A plan as rows: of every block whether it is removed and its score, then of the whole."""
+    spans = len(plan.scores) < plan.n_blocks
+    rows = []
+    for i in range(plan.n_blocks):
+        metrics: dict[str, Any] = {"removed": int(i in plan.removed)}
+        if not spans and plan.scores[i] is not None:
+            metrics["score"] = plan.scores[i]
+        rows.append(Row(name, i, None, metrics))
+    whole: dict[str, Any] = {
+        "metric": plan.metric,
+        "removed_blocks": ", ".join(map(str, plan.removed)),
+    }
+    if plan.margin is not None:
+        whole["margin"] = plan.margin
+    whole |= {f"warning {k}": text for k, text in enumerate(warnings, 1)}
+    return [*rows, Row(name, None, None, whole)]
+
+
+def plan_selection(model: Decoder, hidden: Any, batches: int, how: Selection) -> ModelPlan:
+    """The programs of a choice for a dry run, and a model of the right depth.
+
+    The last blocks that may go stand for those that will be chosen.
+    """
+    n, structs = len(model.blocks), [block_struct(block) for block in model.blocks]
+    guess = drop(model, how.allowed(n)[-how.remove :])
+    if how.windows is not None and hidden is not None:
+        batches = min(batches, -(-how.windows // hidden.shape[0]))
+    if not how.needs_text:
+        return ModelPlan([], 0, guess)
+    passes, streams = n, 1
+    if how.metric in (*SINGLE, *SPANS):
+        streams = how.remove + 1 if how.metric in SPANS else 2
+    elif how.metric == "ppl" or how.metric in GREEDY:
+        rounds = how.remove if how.metric in GREEDY else 1
+        passes = sum((n - r) * (n - r + 1) // 2 for r in range(rounds))
+        streams = n
+    elif how.metric in ("taylor", "taylor+"):
+        streams = n
+    programs = [Program(block_step, (structs[0], hidden), passes * batches)]
+    if how.metric in ("taylor", "taylor+"):
+        programs.append(Program(backward, (structs[0], hidden, _float32(hidden)), n * batches))
+    return ModelPlan(programs, streams * batches * tree_bytes(hidden), guess)
+
+
+def _float32(struct: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(struct.shape, np.float32)
 
 
 def _choose(

@@ -59,7 +59,7 @@ def taylor(
         block, inputs = jax.device_put(load_block(model.blocks[i])), states.pop()
         total, before = None, []
         for b, (x, slope) in enumerate(zip(inputs, slopes, strict=True)):
-            gradient, slope = _back(block, x, slope)
+            gradient, slope = backward(block, x, slope)
             if not bool(_finite(gradient)):
                 raise ValueError(
                     f"the gradient of block {i} is NaN or infinity in batch {b} of the "
@@ -137,7 +137,7 @@ def _end_slope(
 
 
 @jax.jit
-def _back(block: Block, x: Array, slope: Array) -> tuple[dict[str, Array], Array]:
+def backward(block: Block, x: Array, slope: Array) -> tuple[dict[str, Array], Array]:
     """∂L/∂w of one batch, float32, and the slope before the block."""
     free = {path: w.astype(jnp.float32) for path, w in weights(block).items()}
 

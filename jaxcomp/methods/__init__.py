@@ -4,6 +4,7 @@ from jaxcomp.methods.autobits import AutoBits
 from jaxcomp.methods.awq import AWQ
 from jaxcomp.methods.flatquant import FlatQuant
 from jaxcomp.methods.gptq import GPTQ
+from jaxcomp.methods.prune_blocks import PruneBlocks
 from jaxcomp.methods.quarot import QuaRot
 from jaxcomp.methods.rtn import RTN
 from jaxcomp.methods.sensitivity import Sensitivity
@@ -18,6 +19,7 @@ METHODS = {
     "AWQ": AWQ,  # scale up the weights that matter, clamp the rest, round to nearest
     "Sensitivity": Sensitivity,  # measure what each weight can bear; changes nothing
     "AutoBits": AutoBits,  # choose widths under a budget by that, then let a method quantize
+    "PruneBlocks": PruneBlocks,  # remove the blocks that are missed least
 }
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "RTN",
     "AutoBits",
     "FlatQuant",
+    "PruneBlocks",
     "QuaRot",
     "Sensitivity",
     "SmoothQuant",

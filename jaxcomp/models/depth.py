@@ -141,15 +141,18 @@ class DepthPlan:
         if bad := [s for s in self.scores if s is not None and not math.isfinite(s)]:
             raise ValueError(f"a score is {bad[0]}; a plan holds finite numbers")
 
-    def check(self, model: Decoder) -> None:
+    def check(self, model: Decoder, weights: bool = True) -> None:
         """Refuses another model than the one the plan was made for; see `model_digest`.
+
+        Args:
+          weights: read them; without it only the number of blocks is compared.
 
         Raises:
           ValueError: it has another number of blocks, or other weights.
         """
         if (n := len(model.blocks)) != self.n_blocks:
             raise ValueError(f"the plan is for a model of {self.n_blocks} blocks, this one has {n}")
-        if self.parent and self.parent != (found := model_digest(model)):
+        if weights and self.parent and self.parent != (found := model_digest(model)):
             raise ValueError(
                 f"the plan was made for another model (parent {self.parent[:12]}…, this one is "
                 f"{found[:12]}…); make it again, or empty its `parent` to use it anyway"

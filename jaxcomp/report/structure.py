@@ -88,7 +88,7 @@ def _add(parent: Tree, name: str, part: Any) -> None:
         parent.add(f"{name}  {site_text(part)}")
     elif isinstance(part, Patch):
         parent.add(f"{name}  {patch_text(part)}")
-    elif isinstance(part, QTensor) or hasattr(part, "shape"):
+    elif isinstance(part, QTensor) or hasattr(part, "dtype"):
         parent.add(f"{name}  {weight_text(part)}")
     elif isinstance(part, dict):
         branch = parent.add(name)

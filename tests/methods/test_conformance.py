@@ -2,7 +2,8 @@
 
 A method needs a line in CASES; the only way to be excused from a family is a line in REFUSALS. A
 method that changes the model without quantizing is followed in its cases by one that quantizes, and
-has lines in TRANSFORMS too; one that changes more than blocks says what in REWRITES.
+has lines in TRANSFORMS too; one that changes more than blocks says what in REWRITES. A method that
+removes a block is in DEPTH: its model has a third block, in the middle, that does nothing.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from jaxcomp.calibrate.plan import check_steps
 from jaxcomp.core.linear import Linear
 from jaxcomp.core.quantize import QTensor, QuantSpec
 from jaxcomp.core.store import save_tree
-from jaxcomp.core.tree import get_at, named_leaves
+from jaxcomp.core.tree import get_at, named_leaves, replace_many
 from jaxcomp.methods import GPTQ, METHODS, RTN, AutoBits
 from jaxcomp.models.anatomy import anatomy
 from jaxcomp.models.decoder import forward, iter_blocks, load_block, map_blocks
@@ -120,6 +121,12 @@ CASES |= {
         ),
     },
 }
+CASES |= {
+    "PruneBlocks": {
+        "by influence, then RTN": lambda m, bits: (m(1), RTN(QuantSpec(bits), act=Q8, kv=KV8)),
+        "one by one, then GPTQ": lambda m, bits: (m(1, "sleb"), GPTQ(QuantSpec(bits))),
+    },
+}
 # method → setting → the method with all quantization off: the model computes what it did.
 TRANSFORMS = {
     "QuaRot": {
@@ -134,7 +141,13 @@ TRANSFORMS = {
         "inside the units": lambda m: m(sites=INSIDE),
     },
     "Sensitivity": {"by site": lambda m: m(by="site")},
+    "PruneBlocks": {
+        "by angle": lambda m: m(1, "angular"),
+        "by hand": lambda m: m(blocks=(1,)),
+    },
 }
+# Methods whose cases remove one block.
+DEPTH = ("PruneBlocks",)
 # method → the parts of the model outside the blocks that it changes, in function-preserving ways.
 REWRITES = {"QuaRot": ("embed", "norm", "lm_head")}
 # (method/setting, family) → why the anatomy of the family does not allow it.
@@ -159,6 +172,7 @@ CI_CASES = (
     "AWQ/grouped asym",
     "Sensitivity/by linear, then RTN",
     "AutoBits/by site",
+    "PruneBlocks/by influence, then RTN",
 )
 GRID = [
     pytest.param(
@@ -197,9 +211,17 @@ def inner(step):
     return (step.method,) if isinstance(step, AutoBits) else ()
 
 
-def model_of(family):
+def model_of(family, method=None):
     """All families with heads of 16 channels, so that they share the compilations of solvers."""
-    return tiny.model(family, jax.random.key(0), head_dim=16)
+    if method not in DEPTH:
+        return tiny.model(family, jax.random.key(0), head_dim=16)
+    model = tiny.model(family, jax.random.key(0), head_dim=16, num_hidden_layers=3)
+    idle = {
+        path: jnp.zeros_like(get_at(model.blocks[1], path)) for path in ("attn.o.w", "ffn.down.w")
+    }
+    return model.replace(
+        blocks=(model.blocks[0], replace_many(model.blocks[1], idle), model.blocks[2])
+    )
 
 
 def apply(steps, model, calib, store=None, progress=None):
@@ -215,7 +237,7 @@ def apply(steps, model, calib, store=None, progress=None):
 
 def compress(family, method, setting, bits, calib):
     """The result of a case on a family."""
-    steps, model = make(method, setting, bits), model_of(family)
+    steps, model = make(method, setting, bits), model_of(family, method)
     return unless_refused(method, setting, family, lambda: apply(steps, model, calib))
 
 
@@ -263,13 +285,13 @@ def test_every_method_has_cases_and_every_case_and_refusal_a_method():
 @everywhere
 def test_more_bits_come_closer_to_the_original_and_eight_come_close(family, method, setting, calib):
     tokens = tiny.tokens(jax.random.key(2))
-    expected, errors = forward(model_of(family), tokens), {}
+    expected, errors = forward(model_of(family, method), tokens), {}
     for bits in (8, 4, 2):
         result = compress(family, method, setting, bits, calib)
         difference = forward(result.model, tokens) - expected
         errors[bits] = float(jnp.sum(difference**2) / jnp.sum(expected**2))
         check_weights(result, bits)
-        check_rest(result.model, model_of(family), REWRITES.get(method, ()))
+        check_rest(result.model, model_of(family, method), REWRITES.get(method, ()))
     # 8-bit steps are about 1 % of a weight; a range fixed on 128 tokens cuts some later ones.
     assert errors[8] < (1e-2 if "static" in setting else 3e-3)
     assert errors[8] < errors[4] < errors[2]
@@ -291,8 +313,9 @@ def check_weights(result, bits):
             assert isinstance(w, QTensor) and w.bits == bits == row.metrics["bits"]
             assert all(np.isfinite(v) for v in row.metrics.values() if isinstance(v, float))
     for step in {row.step for row in result.rows}:
-        whole = [row.block for row in result.rows if row.linear is None and row.step == step]
-        assert whole == list(range(len(result.model.blocks)))
+        rows = [row for row in result.rows if row.step == step and row.linear is None]
+        given = len(result.model.blocks) + (step in DEPTH)
+        assert [row.block for row in rows if row.block is not None] == list(range(given))
 
 
 def check_rest(model, original, rewritten):
@@ -309,7 +332,7 @@ def check_rest(model, original, rewritten):
 
 @once
 def test_the_same_input_gives_the_same_bits_and_is_left_alone(family, method, setting, calib):
-    model = model_of(family)
+    model = model_of(family, method)
     before, tokens = hashes(model), calib.tokens.copy()
     first, second = (apply(make(method, setting, 4), model, calib) for _ in range(2))
     assert hashes(first.model) == hashes(second.model)
@@ -321,7 +344,7 @@ def test_the_same_input_gives_the_same_bits_and_is_left_alone(family, method, se
 def test_blocks_behind_handles_give_what_blocks_in_memory_give(
     family, method, setting, calib, tmp_path
 ):
-    model = model_of(family)
+    model = model_of(family, method)
     stored = map_blocks(
         model, lambda _, block: block, lambda i, block: save_tree(tmp_path / f"{i}", block)
     )
@@ -334,7 +357,7 @@ def test_blocks_behind_handles_give_what_blocks_in_memory_give(
 
 @once
 def test_what_is_not_quantized_keeps_its_stored_dtype(family, method, setting, calib):
-    model = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model_of(family))
+    model = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model_of(family, method))
     before = named_leaves(model)
     after = named_leaves(apply(make(method, setting, 4), model, calib).model)
     kept = before.keys() & after.keys()
@@ -344,7 +367,7 @@ def test_what_is_not_quantized_keeps_its_stored_dtype(family, method, setting, c
 
 @once
 def test_the_structure_that_a_method_gives_is_known_before_it_runs(family, method, setting, calib):
-    model, steps = model_of(family), make(method, setting, 4)
+    model, steps = model_of(family, method), make(method, setting, 4)
     found, expected = check_steps(model, steps, calib), apply(steps, model, calib).model
     shapes = lambda block: jax.tree.map(lambda a: (a.shape, a.dtype), block)  # noqa: E731
     assert [*map(shapes, found.blocks)] == [*map(shapes, iter_blocks(expected))]
@@ -354,9 +377,13 @@ def test_the_structure_that_a_method_gives_is_known_before_it_runs(family, metho
 def test_progress_is_told_after_every_block(family, method, setting, calib):
     told, steps = [], make(method, setting, 4)
     progress = lambda step, done, total, rows: told.append((step, done, total))  # noqa: E731
-    apply(steps, model_of(family), calib, progress=progress)
+    apply(steps, model_of(family, method), calib, progress=progress)
     names = [type(part).__name__ for step in steps for part in (step, *inner(step))]
-    assert told == [(name, done, 2) for name in names for done in range(3)]
+    assert list(dict.fromkeys(name for name, _, _ in told)) == names
+    for name in names:
+        seen = [(done, total) for step, done, total in told if step == name]
+        total = seen[0][1] if name in DEPTH else 2  # passes over the text, or blocks
+        assert seen == [(done, total) for done in range(total + 1)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -364,7 +391,8 @@ def test_progress_is_told_after_every_block(family, method, setting, calib):
     ("method", "setting"), [(m, s) for m, settings in TRANSFORMS.items() for s in settings]
 )
 def test_with_quantization_off_the_model_computes_what_it_did(method, setting, family, calib):
-    model, tokens = tiny.model(family, jax.random.key(0)), tiny.tokens(jax.random.key(2))
+    model = model_of(family, method) if method in DEPTH else tiny.model(family, jax.random.key(0))
+    tokens = tiny.tokens(jax.random.key(2))
     step = TRANSFORMS[method][setting](METHODS[method])
     result = unless_refused(method, setting, family, lambda: step(model, calib))
     found, expected = forward(result.model, tokens), forward(model, tokens)
