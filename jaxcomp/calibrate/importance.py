@@ -169,10 +169,13 @@ def plan_rows(name: str, plan: DepthPlan, warnings: Iterable[str] = ()) -> list[
 def plan_selection(model: Decoder, hidden: Any, batches: int, how: Selection) -> ModelPlan:
     """The programs of a choice for a dry run, and a model of the right depth.
 
-    The last blocks that may go stand for those that will be chosen.
+    The last blocks that may go stand for those that will be chosen, the very last only if it must:
+    then no block is behind the cut.
     """
     n, structs = len(model.blocks), [block_struct(block) for block in model.blocks]
-    guess = drop(model, how.allowed(n)[-how.remove :])
+    allowed = how.allowed(n)
+    inner = tuple(i for i in allowed if i < n - 1)
+    guess = drop(model, (inner if len(inner) >= how.remove else allowed)[-how.remove :])
     if how.windows is not None and hidden is not None:
         batches = min(batches, -(-how.windows // hidden.shape[0]))
     if not how.needs_text:

@@ -115,6 +115,11 @@ class StepStore:
             write_whole(place, lambda f: f.write(text.encode()))
         return json.loads(place.read_text())
 
+    def keep_tree(self, name: str, make: Callable[[], Any]) -> Any:
+        """The same for a tree of nodes and arrays, which come back as numpy arrays."""
+        place = self.path / f"{name}.kept"
+        return (StoredTree(place) if place.exists() else save_tree(place, make())).load()
+
     def hidden(self, done: int) -> Hidden:
         """The hidden states behind `done` finished blocks."""
         with np.load(self.path / f"hidden.{done}.npz") as stored:

@@ -40,6 +40,11 @@ def stock(model: Decoder, hf_config: Mapping[str, Any]) -> Stock:
     # What is quantized is said by the tree, and by the writer of a format.
     config = {k: v for k, v in hf_config.items() if k != "quantization_config"}
     structs = [block_struct(block) for block in model.blocks]
+    if patched := [i for i, block in enumerate(structs) if block.patch is not None]:
+        raise ValueError(
+            f"block {patched[0]} maps its input by a patch, for which no other class has a place; "
+            "the patches of LinearPatch(kind='scalar') and 'mlp_branch' fold into weights"
+        )
     if len(structs) != config.get("num_hidden_layers"):
         config |= _depth(config, structs)
     template = _template(config)

@@ -4,6 +4,7 @@ from jaxcomp.methods.autobits import AutoBits
 from jaxcomp.methods.awq import AWQ
 from jaxcomp.methods.flatquant import FlatQuant
 from jaxcomp.methods.gptq import GPTQ
+from jaxcomp.methods.linearpatch import LinearPatch
 from jaxcomp.methods.prune_blocks import PruneBlocks
 from jaxcomp.methods.quarot import QuaRot
 from jaxcomp.methods.rtn import RTN
@@ -20,6 +21,7 @@ METHODS = {
     "Sensitivity": Sensitivity,  # measure what each weight can bear; changes nothing
     "AutoBits": AutoBits,  # choose widths under a budget by that, then let a method quantize
     "PruneBlocks": PruneBlocks,  # remove the blocks that are missed least
+    "LinearPatch": LinearPatch,  # put a linear map where blocks were removed
 }
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "RTN",
     "AutoBits",
     "FlatQuant",
+    "LinearPatch",
     "PruneBlocks",
     "QuaRot",
     "Sensitivity",

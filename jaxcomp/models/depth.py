@@ -81,17 +81,31 @@ def check_removed(removed: Iterable[int], n_blocks: int) -> tuple[int, ...]:
     return tuple(sorted(map(int, removed)))
 
 
-def cuts(model: Decoder) -> dict[int, tuple[int, int]]:
+def cuts(model: Decoder, original: Decoder | None = None) -> dict[int, tuple[int, int]]:
     """Where blocks are missing: index of the block behind the cut → [start, end) in the original.
 
     Blocks missing at the very end have no block behind them and are not among the cuts.
+
+    Args:
+      original: which model the places are counted in and what is missing is missing from; None for
+        the one that was first pruned.
+
+    Raises:
+      ValueError: the model has blocks that the original lacks.
     """
     if model.kept is None:
         return {}
-    before = (-1, *model.kept)
-    return {
-        i: (before[i] + 1, place) for i, place in enumerate(model.kept) if place > before[i] + 1
-    }
+    places = list(model.kept)
+    if original is not None:
+        theirs = original.kept or tuple(range(len(original.blocks)))
+        if absent := [i for i in places if i not in theirs]:
+            raise ValueError(
+                f"the model keeps block {absent[0]} of the one that was first pruned, which the "
+                "original given lacks; it was made from another model"
+            )
+        places = [theirs.index(i) for i in places]
+    before = [-1, *places]
+    return {i: (before[i] + 1, at) for i, at in enumerate(places) if at > before[i] + 1}
 
 
 def model_digest(model: Decoder) -> str:

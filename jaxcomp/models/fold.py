@@ -64,6 +64,33 @@ def scale_output(
     return Linear(scaled, None if b is None else (_float32(b) * scale).astype(b.dtype))
 
 
+def scale_stream(block: Block, scale: float) -> Block:
+    """The block in a residual stream that is `scale` times what it was, to which it adds as much.
+
+    What it reads through a norm it reads as before, but for the norm's epsilon; what reads the
+    stream itself is divided. A norm behind a unit takes the scale in place of the weights.
+
+    Raises:
+      ValueError: a weight is quantized already.
+    """
+    parts = anatomy(block)
+    norms = {"attn_in": "attn_norm", "ffn_in": "ffn_norm"}
+    for site, norm in norms.items():
+        for path in parts[site].consumers if getattr(block, norm) is None else ():
+            p = get_at(block, path)
+            check_dense(p, path)
+            block = replace_at(block, f"{path}.w", (_float32(p.w) / scale).astype(p.w.dtype))
+    norms = {"attn_out": "attn_post_norm", "ffn_mid": "ffn_post_norm"}
+    for site, norm in norms.items():
+        ends = parts[site].consumers if getattr(block, norm) is None else (norm,)
+        for path in ends:
+            producer = get_at(block, path)
+            weight = producer.weight if isinstance(producer, RMSNorm) else producer.w
+            each = jnp.full(weight.shape[-1], scale, jnp.float32)
+            block = replace_at(block, path, scale_output(producer, each, path))
+    return block
+
+
 def absorb(block: Block, site: str, t: Transform, inverse: Transform | None = None) -> Block:
     """Every consumer of the site gets T⁻¹ in front; the site must come to give x T by other means.
 

@@ -126,6 +126,14 @@ CASES |= {
         "by influence, then RTN": lambda m, bits: (m(1), RTN(QuantSpec(bits), act=Q8, kv=KV8)),
         "one by one, then GPTQ": lambda m, bits: (m(1, "sleb"), GPTQ(QuantSpec(bits))),
     },
+    "LinearPatch": {
+        "hadamard, then RTN": lambda m, bits: (m(remove=1), RTN(QuantSpec(bits), act=Q8, kv=KV8)),
+        "scalar, then GPTQ": lambda m, bits: (m("scalar", blocks=(1,)), GPTQ(QuantSpec(bits))),
+        "dense, then GPTQ": lambda m, bits: (
+            m(remove=1, form="dense", inputs="compressed"),
+            GPTQ(QuantSpec(bits)),
+        ),
+    },
 }
 # method → setting → the method with all quantization off: the model computes what it did.
 TRANSFORMS = {
@@ -145,11 +153,16 @@ TRANSFORMS = {
         "by angle": lambda m: m(1, "angular"),
         "by hand": lambda m: m(blocks=(1,)),
     },
+    "LinearPatch": {
+        kind: lambda m, kind=kind: m(kind, remove=1)
+        for kind in ("hadamard", "diag", "scalar", "lstsq", "mlp_branch")
+    },
 }
-# Methods whose cases remove one block.
-DEPTH = ("PruneBlocks",)
+# Methods whose cases remove one block, and the steps whose rows are about what they were given.
+DEPTH = ("PruneBlocks", "LinearPatch")
+BEFORE = ("PruneBlocks", "LinearPatch choice")
 # method → the parts of the model outside the blocks that it changes, in function-preserving ways.
-REWRITES = {"QuaRot": ("embed", "norm", "lm_head")}
+REWRITES = {"QuaRot": ("embed", "norm", "lm_head"), "LinearPatch": ("embed", "lm_head")}
 # (method/setting, family) → why the anatomy of the family does not allow it.
 REFUSALS: dict[tuple[str, str], str] = {
     (f"QuaRot/{setting}", family): "a norm stands between a unit and the residual stream"
@@ -158,6 +171,10 @@ REFUSALS: dict[tuple[str, str], str] = {
 } | {
     (f"SmoothQuant/{setting}", "olmo2"): "no norm stands before a unit to absorb a scale"
     for setting in ("then RTN", "everywhere, then GPTQ", "everywhere")
+}
+REFUSALS |= {
+    ("LinearPatch/mlp_branch", family): "a norm stands between a unit and the residual stream"
+    for family in ("gemma3_text", "olmo2")
 }
 
 # Tied with biases; windowed with a wide head; norms on queries and keys. The rest is slow.
@@ -173,6 +190,7 @@ CI_CASES = (
     "Sensitivity/by linear, then RTN",
     "AutoBits/by site",
     "PruneBlocks/by influence, then RTN",
+    "LinearPatch/hadamard, then RTN",
 )
 GRID = [
     pytest.param(
@@ -314,7 +332,7 @@ def check_weights(result, bits):
             assert all(np.isfinite(v) for v in row.metrics.values() if isinstance(v, float))
     for step in {row.step for row in result.rows}:
         rows = [row for row in result.rows if row.step == step and row.linear is None]
-        given = len(result.model.blocks) + (step in DEPTH)
+        given = len(result.model.blocks) + (step in BEFORE)
         assert [row.block for row in rows if row.block is not None] == list(range(given))
 
 
@@ -382,8 +400,12 @@ def test_progress_is_told_after_every_block(family, method, setting, calib):
     assert list(dict.fromkeys(name for name, _, _ in told)) == names
     for name in names:
         seen = [(done, total) for step, done, total in told if step == name]
-        total = seen[0][1] if name in DEPTH else 2  # passes over the text, or blocks
-        assert seen == [(done, total) for done in range(total + 1)]
+        if name not in DEPTH:
+            assert seen == [(done, 2) for done in range(3)]
+        while seen:  # of such a method: each of its walks over the blocks from 0 to its end
+            total = seen[0][1]
+            assert seen[: total + 1] == [(done, total) for done in range(total + 1)]
+            seen = seen[total + 1 :]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,0 +1,333 @@
+"""LinearPatch: a linear map at every cut of a layer-pruned model, from one dense pass.
+
+With X_s before the blocks [s, e) that are gone and X_e behind them, x → x P at the cut:
+    hadamard    P = H diag(c) Hᵀ,  c_k = mean |X_e H|_k / mean |X_s H|_k
+    diag        the same with H = I
+    scalar      P = α I,  α = mean ‖X_e‖ / ‖X_s‖ over tokens; folds exactly into what writes X_s:
+                the embedding (a tied head becomes its own) and the blocks before the cut
+    lstsq       P = I + argmin_M ‖X_s M − (X_e − X_s)‖² + λ‖M‖², in closed form
+    mlp_branch  the same for what the feed-forward unit before the cut adds, M ← M T, which folds
+                into ffn.down
+Scalar and mlp_branch leave a model that stock classes load; the others leave a patch, which runs in
+its factors (rotate, scale, rotate back) or as one matrix, the form to fine-tune.
+
+    Recipe((PruneBlocks(5), LinearPatch()))        the cuts of what was pruned before
+    Recipe((LinearPatch(remove=5),))               chooses itself, as the paper: the likest span
+
+A cut through the block that makes a massive activation is not repaired by any of them.
+
+Source: Chen et al., LinearPatch, arXiv 2505.24680, and the authors' code: `reduction` is the
+paper's by default and the code's on request, and a run of removed blocks gets one patch, where the
+paper's appendix gives every block its own. Scalar follows Prune&Comp, 2507.18212; lstsq Ghosted
+Layers, 2605.15491; mlp_branch ReplaceMe, 2505.02819. Departures: the ridge pulls towards the
+identity and is measured by the median channel; scalar's α is a mean over tokens, which one massive
+token cannot bend.
+"""
+
+import dataclasses
+import functools
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcomp.calibrate.cuts import Inputs, fit_cuts
+from jaxcomp.calibrate.importance import Selection, choose_blocks, plan_rows, plan_selection
+from jaxcomp.calibrate.patch_fit import (
+    Fitting,
+    Form,
+    Kind,
+    Reduction,
+    Rotation,
+    fit_patch,
+    patch_like,
+)
+from jaxcomp.calibrate.plan import ModelPlan, Program, tree_bytes
+from jaxcomp.calibrate.stream import (
+    BlockStep,
+    Calibration,
+    Metrics,
+    Result,
+    Run,
+    blockwise,
+    check_text,
+)
+from jaxcomp.core.hadamard import hadamard_base, no_hadamard
+from jaxcomp.core.linear import Linear
+from jaxcomp.core.metrics import Row
+from jaxcomp.core.quantize import QTensor
+from jaxcomp.core.tree import get_at
+from jaxcomp.models.anatomy import anatomy
+from jaxcomp.models.decoder import Block, Decoder, block_struct
+from jaxcomp.models.depth import DepthPlan, check_removed, cuts, drop
+from jaxcomp.models.fold import check_dense, scale_stream
+from jaxcomp.models.patch import Patch, patch_matrix
+from jaxcomp.models.stream import block_step
+
+NAME = "LinearPatch"
+CHOICE = "LinearPatch choice"  # the step's name in rows about what is removed
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearPatch:
+    """Settings. Without `remove` and `blocks` it patches the cuts of a model pruned before.
+
+    Attributes:
+      kind: of the map; see the top of the file.
+      remove: how many blocks to choose and remove first.
+      blocks: which blocks to remove first.
+      reduction: of hadamard and diag, how windows come together.
+      skip_first: leave the first token of a sequence out, where the map is found and where it is
+        applied; not for what folds into weights.
+      inputs: find the map on the original's states, or on what the pruned model has there.
+      fold: fold scalar into the weights.
+      form: of hadamard, diag and scalar: as factors, or one dense matrix.
+      rotation: of hadamard: H of all channels, of "block"s of the largest power of two that divides
+        them, or a random "orthogonal" matrix in its place.
+      ridge: λ of lstsq and mlp_branch, in units of the median of the diagonal of XᵀX.
+      eps: added to the magnitudes whose ratios hadamard and diag take.
+      allow_first: patch a cut before all blocks, where the map acts on the embedding.
+      metric, contiguous, protect, avoid_outliers, seed, windows: of the choice; see `Selection`.
+    """
+
+    kind: Kind = "hadamard"
+    remove: int | None = None
+    blocks: tuple[int, ...] = ()
+    reduction: Reduction = "ratio_of_means"
+    skip_first: bool = False
+    inputs: Inputs = "original"
+    fold: bool = True
+    form: Form = "factors"
+    rotation: Rotation = "hadamard"
+    ridge: float = 1e-3
+    eps: float = 0.0
+    allow_first: bool = False
+    metric: str = "block_cos"
+    contiguous: bool = False
+    protect: tuple[int, int] = (1, 1)
+    avoid_outliers: bool = False
+    seed: int = 0
+    windows: int | None = None
+
+    needs_text: typing.ClassVar[bool] = True
+
+    def __post_init__(self):
+        assert self.fitting  # refuses what means nothing
+        if self.inputs not in typing.get_args(Inputs):
+            known = ", ".join(typing.get_args(Inputs))
+            raise ValueError(f"inputs={self.inputs!r} is none of {known}")
+        if self.remove is not None and self.blocks:
+            raise ValueError(f"remove={self.remove} and blocks={self.blocks}: give one of them")
+        if self.folds and self.skip_first:
+            raise ValueError(
+                f"skip_first=True, and kind={self.kind!r} folds into weights, which see all tokens"
+                + ("; keep it as a patch with fold=False" if self.kind == "scalar" else "")
+            )
+        if self.remove is not None:
+            assert self.selection
+
+    @property
+    def folds(self) -> bool:
+        """Whether the map ends in the weights and leaves no patch."""
+        return self.kind == "mlp_branch" or (self.kind == "scalar" and self.fold)
+
+    @property
+    def fitting(self) -> Fitting:
+        """How a map is found."""
+        names = (f.name for f in dataclasses.fields(Fitting))
+        return Fitting(**{name: getattr(self, name) for name in names})
+
+    @property
+    def selection(self) -> Selection:
+        """How blocks are chosen."""
+        names = (f.name for f in dataclasses.fields(Selection))
+        return Selection(**{name: getattr(self, name) for name in names})
+
+    def __call__(self, model: Decoder, calib: Calibration | None, run: Run = Run()) -> Result:
+        self.check(model)
+        rows: list[Row] = []
+        if self.remove is None and not self.blocks:
+            original = run.needs_original(NAME)
+            if not cuts(model, original):
+                raise ValueError(
+                    "nothing is missing between the original and the model; prune in the same "
+                    "recipe, or hand in the dense model with Run(original=…)"
+                )
+        else:
+            original, plan, warnings = model, self._by_hand(len(model.blocks)), ()
+            if self.remove is not None:
+                plan, warnings = choose_blocks(NAME, model, calib, self.selection, run)
+            model, rows = drop(model, plan.removed), plan_rows(CHOICE, plan, warnings)
+            self._check_cuts(model)
+        patches, found = self._fits(model, original, calib, run)
+        put = functools.partial(put_patch, self, patches, found)
+        inner = dataclasses.replace(run, store=run.store and run.store.part("put"))
+        result = blockwise(NAME, model, None, put, None, inner)
+        return Result(self._ends(result.model, patches), [*rows, *result.rows])
+
+    def _fits(
+        self, model: Decoder, original: Decoder, calib: Calibration | None, run: Run
+    ) -> tuple[dict[int, Patch], dict[int, dict[str, Any]]]:
+        """The maps and what was measured, both by the block behind the cut; kept in the store."""
+        check_text(NAME, calib)
+        if run.place.processes > 1:
+            raise ValueError(
+                f"{NAME} looks at the whole text, and {run.place.processes} processes hold a part "
+                "each; give it a mesh over the devices of one process"
+            )
+        found: dict[int, dict[str, Any]] = {}
+
+        def fit() -> dict[str, Patch]:
+            told = run.progress or (lambda *args: None)
+            last = max(end for _, end in cuts(model, original).values())
+            tick = lambda done: told(NAME, done, last, [])  # noqa: E731
+            tick(0)
+            fitted = functools.partial(fit_patch, self.fitting, found)
+            how = self.inputs, self.kind == "mlp_branch", run.place, tick
+            patches = fit_cuts(model, original, calib, fitted, *how)
+            if run.store:  # written before the maps, so it is there when they are
+                run.store.keep("cuts", lambda: {str(i): numbers for i, numbers in found.items()})
+            return {str(block): patch for block, patch in patches.items()}
+
+        patches = run.store.keep_tree("patches", fit) if run.store else fit()
+        if run.store:
+            found = {int(i): numbers for i, numbers in run.store.keep("cuts", dict).items()}
+        return {int(i): patch for i, patch in patches.items()}, found
+
+    def check(self, model: Decoder) -> None:
+        """Raises ValueError where the settings do not fit the model; reads no block."""
+        pruned = model
+        if self.remove is not None:
+            self.selection.check(model)
+        elif self.blocks:
+            pruned = drop(model, self.blocks)
+        if self.remove is None:
+            self._check_cuts(pruned)
+        if self.kind == "hadamard" and self.rotation == "hadamard":
+            width = model.config.d_model
+            if hadamard_base(width) is None:
+                ways = "rotation='block', rotation='orthogonal' or another kind"
+                raise ValueError(f"d_model={width}: {no_hadamard(width, ways)}")
+        for i, block in enumerate(map(block_struct, model.blocks)):
+            if block.patch is not None:
+                raise ValueError(f"block {i} carries a patch already; patch a model once")
+            try:
+                self._check_folding(block)
+            except ValueError as error:
+                raise ValueError(f"block {i}, {error}") from None
+        if self.kind == "scalar" and self.fold and isinstance(model.embed.weight, QTensor):
+            raise ValueError(
+                "the embedding is quantized already and can absorb nothing; put LinearPatch before "
+                "the step that quantizes, or use fold=False"
+            )
+
+    def _check_cuts(self, model: Decoder) -> None:
+        there = cuts(model)
+        if not there:
+            raise ValueError(
+                "the model has no cut with a block behind it; remove blocks before the last first, "
+                "with PruneBlocks, or here with `remove` or `blocks`"
+            )
+        if 0 in there and (self.kind == "mlp_branch" or not self.allow_first):
+            raise ValueError(
+                "the first block is removed, and the map would act on the embedding; "
+                + (
+                    "kind='mlp_branch' has no unit there"
+                    if self.kind == "mlp_branch"
+                    else "allow it with allow_first=True"
+                )
+            )
+
+    def _check_folding(self, block: Block) -> None:
+        if not self.folds:
+            return
+        if self.kind == "mlp_branch" and block.ffn_post_norm is not None:
+            raise ValueError(
+                "anatomy: a norm stands between ffn.down and the residual stream, so no map of "
+                "what the unit adds folds; use another kind"
+            )
+        parts = anatomy(block)
+        readers = () if block.attn_norm is not None else parts["attn_in"].consumers
+        scaled = (*readers, *parts.writers)
+        for path in scaled if self.kind == "scalar" else ("ffn.down",):
+            check_dense(get_at(block, path), path)
+
+    def plan_model(self, model: Decoder, hidden: Any, batches: int) -> ModelPlan:
+        """The programs of the choice and the dense pass, and the patched structure."""
+        programs, kept, pruned = [], 0, model
+        if self.remove is not None:
+            programs, kept, pruned = plan_selection(model, hidden, batches, self.selection)
+        elif self.blocks:
+            pruned = drop(model, self.blocks)
+        block = block_struct(model.blocks[0])
+        walks = len(pruned.blocks) if self.inputs == "compressed" else 0
+        passes = (max(pruned.kept) + walks) * batches
+        programs = [*programs, Program(block_step, (block, hidden), passes)]
+        patch = jax.eval_shape(lambda: patch_like(self.fitting, model.config.d_model))
+        blocks = [block_struct(b) for b in pruned.blocks]
+        for i in cuts(pruned) if not self.folds else ():
+            blocks[i] = blocks[i].replace(patch=patch)
+        result = pruned.replace(blocks=tuple(blocks))
+        if self.kind == "scalar" and self.folds:
+            result = jax.eval_shape(lambda: _untied(result.replace(blocks=()))).replace(
+                blocks=result.blocks
+            )
+        return ModelPlan(programs, kept + 2 * batches * tree_bytes(hidden), result)
+
+    def found(self, rows: Iterable[Row]) -> "LinearPatch":
+        """The same with the blocks that were chosen, from the rows of a run."""
+        if self.remove is None:
+            return self
+        gone = (r.block for r in rows if r.step == CHOICE and r.metrics.get("removed") == 1)
+        return dataclasses.replace(self, remove=None, blocks=tuple(gone))
+
+    def _by_hand(self, n_blocks: int) -> DepthPlan:
+        return DepthPlan(n_blocks, check_removed(self.blocks, n_blocks))
+
+    def _ends(self, model: Decoder, patches: dict[int, Patch]) -> Decoder:
+        """The model with the part of a folded scalar that its embedding takes."""
+        if not (self.kind == "scalar" and self.folds):
+            return model
+        model = _untied(model)
+        table, alpha = model.embed.weight, _alpha(patches, -1)
+        scaled = (jnp.asarray(table, jnp.float32) * alpha).astype(table.dtype)
+        return model.replace(embed=model.embed.replace(weight=scaled))
+
+
+def put_patch(
+    cfg: LinearPatch,
+    patches: dict[int, Patch],
+    found: dict[int, dict[str, Any]],
+    step: BlockStep,
+) -> tuple[Block, Metrics]:
+    """The block with its patch, or with its share of what folds."""
+    block, i = step.block, step.index
+    metrics: Metrics = {"": found.get(i, {})}
+    if cfg.kind == "scalar" and cfg.folds:
+        alpha = _alpha(patches, i)
+        return (block if alpha == 1.0 else scale_stream(block, alpha)), metrics
+    if cfg.kind == "mlp_branch":
+        if (after := patches.get(i + 1)) is None:
+            return block, metrics
+        down = block.ffn.down
+        t = patch_matrix(after, down.w.shape[-1])
+        w = (jnp.asarray(down.w, jnp.float32) @ t).astype(down.w.dtype)
+        b = None if down.b is None else (jnp.asarray(down.b, jnp.float32) @ t).astype(down.b.dtype)
+        return block.replace(ffn=block.ffn.replace(down=down.replace(w=w, b=b))), metrics
+    patch = patches.get(i)
+    return (block if patch is None else block.replace(patch=patch)), metrics
+
+
+def _alpha(patches: dict[int, Patch], block: int) -> float:
+    """By how much the block's writers are scaled: the cuts behind it; −1 is the embedding."""
+    behind = [p for at, p in patches.items() if at > block]
+    return float(np.prod([float(p.transforms[0].scale[0]) for p in behind]))
+
+
+def _untied(model: Decoder) -> Decoder:
+    if model.lm_head is not None:
+        return model
+    return model.replace(lm_head=Linear(jnp.asarray(model.embed.weight).T))
