@@ -100,9 +100,9 @@ def compare(
 
 def residual_rotation(original: Decoder, compressed: Decoder) -> tuple[np.ndarray | None, str]:
     """R, or None for the identity; and why there is none, or ""."""
-    vocab, width = original.embed.shape
-    if compressed.embed.shape != (vocab, width):
-        other = " × ".join(map(str, compressed.embed.shape))
+    vocab, width = original.embed.table_shape
+    if compressed.embed.table_shape != (vocab, width):
+        other = " × ".join(map(str, compressed.embed.table_shape))
         return None, f"the embeddings are {vocab} × {width} and {other}"
     rows = slice(None, None, max(1, vocab // (ROWS * width)))
     a, b = (

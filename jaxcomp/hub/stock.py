@@ -56,7 +56,7 @@ def stock(model: Decoder, hf_config: Mapping[str, Any]) -> Stock:
         for difference in _differences(wanted, found, f"blocks.{i}"):
             raise ValueError(f"{name} computes something else: {difference}")
     table = jax.ShapeDtypeStruct(
-        model.embed.shape, jnp.float32
+        model.embed.table_shape, jnp.float32
     )  # it may be held transposed, as codes
     model = model.replace(embed=model.embed.replace(weight=table))
     for part in ("embed", "norm", "lm_head"):

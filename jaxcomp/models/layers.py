@@ -58,7 +58,7 @@ class Embed:
     scale: float | None = static(default=None)
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def table_shape(self) -> tuple[int, int]:
         """`[vocab, d_model]`, however the table is held."""
         held = self.weight.shape
         return held[::-1] if isinstance(self.weight, QTensor | Weight) else held

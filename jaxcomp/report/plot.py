@@ -46,8 +46,8 @@ def plot_report(report: Report, path: str | os.PathLike) -> None:
 
 
 def error_rows(report: Report) -> list[Row]:
-    """The linears of the last step that reported their errors."""
-    rows = [row for row in report.rows if linear_error(row) is not None]
+    """The blocks' linears of the last step that reported their errors."""
+    rows = [r for r in report.rows if r.block is not None and linear_error(r) is not None]
     return [row for row in rows if row.step == rows[-1].step]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxcomp.core.metrics import Row
 
+GRIDS = {"W": "weight", "A": "act", "KV": "kv", "K": "k", "V": "v", "E": "ends"}  # letter → setting
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "orbax-checkpoint", "transformers")
 
 
@@ -110,7 +111,7 @@ def recipe_text(recipe: dict[str, Any]) -> str:
 
 def _step_text(step: dict[str, Any]) -> str:
     parts = [step["class"]]
-    for letter, key in (("W", "weight"), ("A", "act"), ("KV", "kv"), ("K", "k"), ("V", "v")):
+    for letter, key in GRIDS.items():
         grid = step.get(key)
         if isinstance(grid, dict) and "bits" in grid:
             size = f"g{grid['group_size']}" if grid.get("group_size") else ""

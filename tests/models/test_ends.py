@@ -48,7 +48,7 @@ def in_floats(model):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_table_of_codes_means_its_numbers(family):
     model = rounded(family)
-    assert isinstance(model.embed.weight, QTensor) and model.embed.shape == (tiny.VOCAB, 32)
+    assert isinstance(model.embed.weight, QTensor) and model.embed.table_shape == (tiny.VOCAB, 32)
     plain = in_floats(model)
     np.testing.assert_array_equal(
         embed_tokens(model.embed, TOKENS, "float32"), embed_tokens(plain.embed, TOKENS, "float32")
