@@ -111,25 +111,36 @@ def extend(
     that no padding stands after a token of its sequence, here or in the cache; a decoding step then
     attends by a kernel. `fresh` vouches that the cache is empty; its slots are then not read.
     """
-    batch, time = tokens.shape
-    valid = jnp.ones((batch, time), bool) if valid is None else valid
-    seen = jnp.sum(cache.valid, axis=-1, dtype=jnp.int32, keepdims=True)
-    positions = jnp.maximum(seen + jnp.cumsum(valid, axis=-1, dtype=jnp.int32) - 1, 0)
-    slots = cache.length + jnp.arange(time)
-    key_positions = cache.positions.at[:, slots].set(positions)
-    key_valid = cache.valid.at[:, slots].set(valid)
-    starts = jnp.argmax(key_valid, axis=-1).astype(jnp.int32) if left_padded else None
-    ctx = Context(
-        positions, valid, cache.length, key_positions, key_valid, cache.horizon, starts, fresh
-    )
+    valid = jnp.ones(tokens.shape, bool) if valid is None else valid
+    ctx = cache_context(cache, valid, left_padded, fresh)
     x = embed_tokens(model.embed, tokens, model.config.compute_dtype)
     layers = []
     for block, layer in zip(iter_blocks(model), cache.layers, strict=True):
         x, layer = block_apply(block, x, ctx, cache=layer)
         layers.append(layer)
     logits = head_logits(model, x[:, -1:] if last_only else x)
-    length = cache.length + time
-    return logits, Cache(tuple(layers), key_positions, key_valid, length, cache.horizon)
+    return logits, advanced(cache, tuple(layers), ctx)
+
+
+def cache_context(
+    cache: Cache, valid: Bool[Array, "batch time"], left_padded: bool = False, fresh: bool = False
+) -> Context:
+    """Where tokens stand that follow what the cache holds; the layers are not looked at."""
+    seen = jnp.sum(cache.valid, axis=-1, dtype=jnp.int32, keepdims=True)
+    positions = jnp.maximum(seen + jnp.cumsum(valid, axis=-1, dtype=jnp.int32) - 1, 0)
+    slots = cache.length + jnp.arange(valid.shape[1])
+    key_positions = cache.positions.at[:, slots].set(positions)
+    key_valid = cache.valid.at[:, slots].set(valid)
+    starts = jnp.argmax(key_valid, axis=-1).astype(jnp.int32) if left_padded else None
+    return Context(
+        positions, valid, cache.length, key_positions, key_valid, cache.horizon, starts, fresh
+    )
+
+
+def advanced(cache: Cache, layers: tuple[LayerCache, ...], ctx: Context) -> Cache:
+    """The cache behind the tokens of `ctx`, whose keys and values are in `layers`."""
+    length = ctx.slot + ctx.positions.shape[1]
+    return Cache(layers, ctx.key_positions, ctx.key_valid, length, cache.horizon)
 
 
 def empty_cache(model: Decoder, batch: int, capacity: int, horizon: int | None = None) -> Cache:
