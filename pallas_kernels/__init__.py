@@ -5,7 +5,8 @@ from pallas_kernels.dispatch import current_chip, use
 from pallas_kernels.grouped_quant_matmul import grouped_quant_matmul
 from pallas_kernels.hadamard import hadamard
 from pallas_kernels.kron_matmul import kron_matmul, kron_quantize
-from pallas_kernels.prepare import prepare
+from pallas_kernels.prefill_attention import prefill_attention
+from pallas_kernels.prepare import prepare, prepare_dense
 from pallas_kernels.quant_decode_attention import quant_decode_attention
 from pallas_kernels.quant_matmul import quant_matmul
 from pallas_kernels.quant_matmul_int import quant_matmul_int
@@ -22,7 +23,9 @@ __all__ = [
     "hadamard",
     "kron_matmul",
     "kron_quantize",
+    "prefill_attention",
     "prepare",
+    "prepare_dense",
     "quant_decode_attention",
     "quant_matmul",
     "quant_matmul_int",

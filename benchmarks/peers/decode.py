@@ -2,7 +2,7 @@
 
 Both get SmolLM2-135M from the same GGUF file; jaxcomp also runs artefacts that this script makes of
 it by rounding, once: W8A8 and W4A8 (per channel and token, in integers) and W4 in groups of 64
-(weights only). Each contestant runs in processes of its own, in turns, and in each: load, generate
+(weights only); E8 has the embedding, which is the head as well, in 8 bits. Each contestant runs in processes of its own, in turns, and in each: load, generate
 once (which compiles), then `--repeats` times. Prefill is timed apart, on a longer prompt.
 
 Run: python benchmarks/peers/decode.py [--new 128] [--repeats 3] [--rounds 2]
@@ -23,8 +23,14 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from benchmarks import common
 
 TORCH = {"torch float32": "float32", "torch bfloat16": "bfloat16"}
-# name → (bits of weights, group, bits of activations)
-ARTEFACTS = {"W8A8": (8, None, 8), "W4A8": (4, None, 8), "W4 g64": (4, 64, None)}
+# name → bits of weights, group, bits of activations, bits of the embedding and the head
+ARTEFACTS = {
+    "W8A8": (8, None, 8, None),
+    "W8A8 E8": (8, None, 8, 8),
+    "W4A8 E8": (4, None, 8, 8),
+    "W4 g64": (4, 64, None, None),
+    "W4 g64 E8": (4, 64, None, 8),
+}
 CONTESTANTS = (*TORCH, "dense float32", *ARTEFACTS)
 PROMPT = (
     "The Atlantic Ocean is the second largest of the world's five oceans, with an area of about"
@@ -74,9 +80,9 @@ def make_artefact(model: str, who: str, out: pathlib.Path) -> None:
     """Rounds the model to the format of a contestant."""
     from jaxcomp import RTN, QuantSpec, Recipe, compress
 
-    bits, group, act_bits = ARTEFACTS[who]
+    bits, group, act_bits, ends = ARTEFACTS[who]
     act = act_bits and QuantSpec(act_bits, granularity="token", dynamic=True)
-    step = RTN(QuantSpec(bits, group_size=group), act=act)
+    step = RTN(QuantSpec(bits, group_size=group), act=act, ends=ends and QuantSpec(ends))
     compress(model, Recipe(steps=(step,)), out, compare=False)
 
 
@@ -105,14 +111,18 @@ def work(task: dict[str, Any]) -> None:
 
 def jax_generator(task: dict[str, Any]):
     start = time.perf_counter()
+    # What loading imports, too, so that the baseline is all libraries and nothing else.
+    import gguf  # noqa: F401
     import jax
+    import orbax.checkpoint  # noqa: F401
+    from transformers import PreTrainedTokenizerFast  # noqa: F401
 
     from jaxcomp.job import load
     from jaxcomp.models.prepare import prepare
     from jaxcomp.models.session import Session
 
     imports, baseline = time.perf_counter() - start, common.memory("VmHWM")
-    integer = bool(ARTEFACTS.get(task["who"], (0, 0, None))[2])
+    integer = bool(ARTEFACTS.get(task["who"], (0, 0, None, None))[2])
     loaded = load(task["model"], compute_dtype="float32", lazy=True, integer=integer)
     model, ids = prepare(loaded.model), loaded.encode(PROMPT)
 

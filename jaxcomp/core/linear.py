@@ -66,7 +66,7 @@ def weight_of(w: QTensor | Weight) -> Weight:
 def dense_of(w: Array | QTensor | Weight | DenseWeight) -> Float[Array, "*experts in_ch out_ch"]:
     """The weight as an array; float32 where it was quantized."""
     if isinstance(w, DenseWeight):
-        return w.array.T if w.transposed else w.array
+        return w.dense
     return dequantize(weight_of(w)) if isinstance(w, QTensor | Weight) else w
 
 

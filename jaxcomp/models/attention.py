@@ -17,7 +17,7 @@ from jaxcomp.core.struct import node, static
 from jaxcomp.kv.cache import GridRows, LayerCache, append, grid_rows, read_rows
 from jaxcomp.models.layers import JointNorm, RMSNorm, head_norm
 from jaxcomp.models.rope import Rope, rope_tables, rotate
-from pallas_kernels import quant_decode_attention
+from pallas_kernels import prefill_attention, quant_decode_attention
 
 QUERY_TILE = 128  # queries a tile; see the module docstring
 MAX_TILES = 32  # longer sequences get larger tiles, which bounds the compiled program
@@ -108,10 +108,12 @@ def attention(
     else:
         cache = append(cache, k, v, ctx.slot)
         rows = grid_rows(cache.k), grid_rows(cache.v)
-        if ctx.fresh:
-            y = _attend_prefix(p, q, as_float(k), as_float(v), ctx)
-        elif q.shape[1] == 1 and ctx.starts is not None and None not in rows:
+        if ctx.starts is not None and q.shape[1] == 1 and None not in rows:
             y = _attend_newest(p, q, *rows, ctx)
+        elif ctx.starts is not None:
+            y = _attend_chunk(p, q, k, v, cache, ctx)
+        elif ctx.fresh:
+            y = _attend_prefix(p, q, as_float(k), as_float(v), ctx)
         else:
             y = _attend_cache(p, q, read_rows(cache.k, k), read_rows(cache.v, v), ctx)
     y = y.reshape(*x.shape[:2], p.n_heads * p.head_dim)
@@ -167,6 +169,22 @@ def _attend_cache(p: GQA, q: Array, k: Array, v: Array, ctx: Context) -> Array:
         distance = ctx.positions[:, :, None] - ctx.key_positions[:, None, :]
         seen = seen & (distance < p.window)
     return _softmax_attend(p, q, k, v, seen)
+
+
+def _attend_chunk(
+    p: GQA,
+    q: Array,
+    k: Array | QActivation,
+    v: Array | QActivation,
+    cache: LayerCache,
+    ctx: Context,
+) -> Array:
+    """Queries over slots without gaps: their own tokens' alone where nothing came before."""
+    if ctx.fresh:
+        slot, rows = 0, [as_float(a).transpose(0, 2, 1, 3) for a in (k, v)]
+    else:
+        slot, rows = ctx.slot, [read_rows(cache.k, k), read_rows(cache.v, v)]
+    return prefill_attention(q, *rows, ctx.starts, slot, scale=p.scale, window=p.window)
 
 
 def _attend_newest(p: GQA, q: Array, k: GridRows, v: GridRows, ctx: Context) -> Array:

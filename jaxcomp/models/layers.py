@@ -7,7 +7,8 @@ from jaxtyping import Array, Float, Int
 from jaxcomp.core.linear import dense_of, weight_of
 from jaxcomp.core.quantize import QTensor
 from jaxcomp.core.struct import node, static
-from pallas_kernels.weight import Weight, take_columns
+from pallas_kernels import DenseWeight, Weight
+from pallas_kernels.weight import take_columns
 
 
 @node
@@ -50,18 +51,18 @@ def head_norm(
 class Embed:
     """Token embedding; `scale` multiplies what is read from it.
 
-    A quantized table is the weight `[d_model, vocab]` that a tied head multiplies by: its groups
-    are runs of a token's channels, and a token is read as a column.
+    A table that is quantized, or prepared for a chip's kernels, is the weight `[d_model, vocab]`
+    that a tied head multiplies by: groups are runs of a token's channels, and a token is a column.
     """
 
-    weight: Float[Array, "vocab d_model"] | QTensor | Weight
+    weight: Float[Array, "vocab d_model"] | QTensor | Weight | DenseWeight
     scale: float | None = static(default=None)
 
     @property
     def table_shape(self) -> tuple[int, int]:
         """`[vocab, d_model]`, however the table is held."""
         held = self.weight.shape
-        return held[::-1] if isinstance(self.weight, QTensor | Weight) else held
+        return held[::-1] if isinstance(self.weight, QTensor | Weight | DenseWeight) else held
 
 
 def embed_tokens(
@@ -70,6 +71,8 @@ def embed_tokens(
     """Rows of the embedding in `dtype`."""
     if isinstance(p.weight, QTensor | Weight):
         x = take_columns(weight_of(p.weight), tokens).astype(dtype)
+    elif isinstance(p.weight, DenseWeight):
+        x = p.weight.columns(tokens).astype(dtype)
     else:
         x = p.weight[tokens].astype(dtype)
     return x if p.scale is None else x * jnp.asarray(p.scale, dtype)
@@ -77,4 +80,5 @@ def embed_tokens(
 
 def table_of(p: Embed) -> Float[Array, "vocab d_model"]:
     """The whole table as an array; float32 where it was quantized."""
-    return dense_of(p.weight).T if isinstance(p.weight, QTensor | Weight) else p.weight
+    held = isinstance(p.weight, QTensor | Weight | DenseWeight)
+    return dense_of(p.weight).T if held else p.weight

@@ -17,7 +17,7 @@ from jaxcomp.core.tree import get_at, replace_many
 from jaxcomp.models.anatomy import anatomy
 from jaxcomp.models.decoder import Block, Decoder, iter_blocks
 from jaxcomp.models.execution import integer_linears
-from pallas_kernels import DenseWeight, Weight, current_chip
+from pallas_kernels import DenseWeight, Weight, current_chip, prepare_dense
 from pallas_kernels import prepare as prepare_weight
 from pallas_kernels.prepare import Activations
 
@@ -39,7 +39,9 @@ def prepare(model: Decoder) -> Decoder:
     if model.lm_head is not None:
         head = prepare_linear(model.lm_head)
     else:  # one table, held once
-        head = Linear(table if isinstance(table, Weight) else DenseWeight(table, transposed=True))
+        if not isinstance(table, Weight | DenseWeight):
+            table = prepare_dense(DenseWeight(table, transposed=True), current_chip())
+        head = Linear(table)
     return model.replace(embed=model.embed.replace(weight=table), lm_head=head)
 
 
@@ -70,7 +72,7 @@ def prepare_linear(p: Linear, activations: Activations = "floats") -> Linear:
     if isinstance(p.w, QTensor):
         return p.replace(w=prepare_weight(weight_of(p.w), current_chip(), activations))
     if isinstance(p.w, jax.Array | np.ndarray) and p.w.ndim == 2:
-        return p.replace(w=DenseWeight(jnp.asarray(p.w)))
+        return p.replace(w=prepare_dense(DenseWeight(jnp.asarray(p.w)), current_chip()))
     return p
 
 

@@ -287,7 +287,8 @@ def _enter(
 ) -> tuple[Float[Array, "batch time d_model"], Context]:
     """What the first block reads; `ends` is the model without its blocks."""
     x = embed_tokens(ends.embed, tokens, ends.config.compute_dtype)
-    return x, cache_context(cache, valid, fresh=fresh)
+    # Padding on the right, which is forgotten, comes after all that reads real tokens.
+    return x, cache_context(cache, valid, left_padded=True, fresh=fresh)
 
 
 @functools.partial(jax.jit, donate_argnames=("x", "layer"))

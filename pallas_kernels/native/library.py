@@ -35,6 +35,7 @@ TARGETS = (
     "jaxcomp_dense_product",
     "jaxcomp_quantize",
     "jaxcomp_decode_attention",
+    "jaxcomp_prefill_attention",
 )
 COMPILERS = ("c++", "g++", "clang++")
 BUILD_SECONDS = 300

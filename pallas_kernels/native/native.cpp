@@ -1,4 +1,4 @@
-// Products with few rows on a processor with AVX-512 VNNI, as custom calls of XLA.
+// Products on a processor with AVX-512 VNNI, as custom calls of XLA; made for few rows.
 //
 // At one token a product is bound by reading the weight, so the layouts below are read once, from
 // front to back, by all threads. A panel is 64 output channels (4 registers of 16), and holds all
@@ -28,6 +28,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -42,7 +43,8 @@ namespace {
 
 constexpr int kRegisters = 4;
 constexpr int kPanel = 16 * kRegisters;
-constexpr int64_t kManyRows = 32;  // from which on a panel of floats is made first
+constexpr int64_t kManyRows = 32;   // from which on a panel of floats is made first
+constexpr int64_t kTaskRows = 256;  // that a panel of floats is made for; more balances threads less
 
 // ---------------------------------------------------------------------------------------- threads
 
@@ -217,25 +219,31 @@ AVX512 void unpack_panel(const uint32_t* panel, const Grid& g, int64_t column, f
 }
 
 template <int R>
-AVX512 void unpacked_panel(const float* x, int64_t in_ch, const float* w, float* y,
-                           int64_t y_stride, int width) {
-  __m512 sum[R][kRegisters];
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < kRegisters; ++c) sum[r][c] = _mm512_setzero_ps();
-  for (int64_t k = 0; k < in_ch; ++k, w += kPanel) {
-    __m512 row[kRegisters];
-    for (int c = 0; c < kRegisters; ++c) row[c] = _mm512_loadu_ps(w + 16 * c);
-    for (int r = 0; r < R; ++r) {
-      const __m512 v = _mm512_set1_ps(x[r * in_ch + k]);
-      for (int c = 0; c < kRegisters; ++c) sum[r][c] = _mm512_fmadd_ps(row[c], v, sum[r][c]);
-    }
-  }
+AVX512 void store_panel(const __m512 (&sum)[R][kRegisters], float* y, int64_t y_stride, int width) {
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < kRegisters; ++c) {
       const int left = std::clamp(width - 16 * c, 0, 16);
       _mm512_mask_storeu_ps(y + r * y_stride + 16 * c, static_cast<__mmask16>((1u << left) - 1),
                             sum[r][c]);
     }
+}
+
+// R rows of n numbers times n rows of 64.
+template <int R>
+AVX512 void unpacked_panel(const float* x, int64_t x_stride, int64_t n, const float* w,
+                           int64_t w_stride, float* y, int64_t y_stride, int width) {
+  __m512 sum[R][kRegisters];
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < kRegisters; ++c) sum[r][c] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < n; ++k, w += w_stride) {
+    __m512 row[kRegisters];
+    for (int c = 0; c < kRegisters; ++c) row[c] = _mm512_loadu_ps(w + 16 * c);
+    for (int r = 0; r < R; ++r) {
+      const __m512 v = _mm512_set1_ps(x[r * x_stride + k]);
+      for (int c = 0; c < kRegisters; ++c) sum[r][c] = _mm512_fmadd_ps(row[c], v, sum[r][c]);
+    }
+  }
+  store_panel<R>(sum, y, y_stride, width);
 }
 
 // As above with codes; `x` is [R][in_ch] in the order that `arrange` gives; x_scale, x_zero are
@@ -306,6 +314,12 @@ AVX512 void integer_panel(const int8_t* x, int64_t x_stride, const int32_t* x_su
   }
 }
 
+// Rows of a task where each is of one panel and of some of the rows: all about alike, for threads.
+int64_t task_rows(int64_t rows) {
+  const int64_t parts = (rows + kTaskRows - 1) / kTaskRows, part = (rows + parts - 1) / parts;
+  return (part + 5) / 6 * 6;  // the rows that a kernel takes at once
+}
+
 // Calls f<R> with the largest R ≤ rows for which there is a kernel; gives R.
 #define ROWS(R_MAX, rows, CALL)             \
   ((rows) >= 6 && R_MAX >= 6   ? (CALL(6), 6) \
@@ -313,23 +327,42 @@ AVX512 void integer_panel(const int8_t* x, int64_t x_stride, const int32_t* x_su
    : (rows) >= 2               ? (CALL(2), 2) \
                                : (CALL(1), 1))
 
+AVX512 void panel_rows(const float* x, int64_t x_stride, int64_t rows, int64_t n, const float* w,
+                       int64_t w_stride, float* y, int64_t y_stride, int width) {
+  for (int64_t r = 0; r < rows;) {
+#define CALL(R) \
+  unpacked_panel<R>(x + r * x_stride, x_stride, n, w, w_stride, y + r * y_stride, y_stride, width)
+    r += ROWS(6, rows - r, CALL);
+#undef CALL
+  }
+}
+
+// x · w for many rows; panel_of(column, room) gives a panel of floats, [in_ch][64], of the weight,
+// perhaps in the room for one that it gets.
+template <typename PanelOf>
+void many_rows(const float* x, int64_t rows, int64_t in_ch, int64_t out_ch, float* y,
+               const PanelOf& panel_of) {
+  const int64_t panels = (out_ch + kPanel - 1) / kPanel, part = task_rows(rows);
+  Pool::get().run(static_cast<int>(panels * ((rows + part - 1) / part)), [&](int task) {
+    thread_local std::vector<float> room;
+    room.resize(in_ch * kPanel);
+    const int64_t column = task % panels * kPanel, first = task / panels * part;
+    const int64_t last = std::min(first + part, rows);
+    const int width = static_cast<int>(std::min<int64_t>(kPanel, out_ch - column));
+    const float* w = panel_of(column, room.data());
+    panel_rows(x + first * in_ch, in_ch, last - first, in_ch, w, kPanel,
+               y + first * out_ch + column, out_ch, width);
+  });
+}
+
 template <int kBits>
 void float_product(const float* x, int64_t rows, int64_t in_ch, const uint32_t* panels,
                    const Grid& g, int64_t out_ch, float* y) {
   const int64_t words = in_ch * kBits / 32 * kPanel;
   if (rows >= kManyRows) {
-    Pool::get().run(static_cast<int>(g.columns / kPanel), [&](int p) {
-      thread_local std::vector<float> w;
-      w.resize(in_ch * kPanel);
-      const int64_t column = int64_t{p} * kPanel;
-      const int width = static_cast<int>(std::min<int64_t>(kPanel, out_ch - column));
-      unpack_panel<kBits>(panels + p * words, g, column, w.data());
-      for (int64_t r = 0; r < rows;) {
-#define CALL(R) \
-  unpacked_panel<R>(x + r * in_ch, in_ch, w.data(), y + r * out_ch + column, out_ch, width)
-        r += ROWS(6, rows - r, CALL);
-#undef CALL
-      }
+    many_rows(x, rows, in_ch, out_ch, y, [&](int64_t column, float* room) {
+      unpack_panel<kBits>(panels + column / kPanel * words, g, column, room);
+      return room;
     });
     return;
   }
@@ -427,99 +460,78 @@ ffi::Error IntegerProduct(ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::F32> x_scale,
 
 // ----------------------------------------------------------------------------------- dense weights
 
-template <typename T>
-AVX512 inline __m512 load(const T* p, __mmask16 mask);
-
-template <>
-AVX512 inline __m512 load(const float* p, __mmask16 mask) {
-  return _mm512_maskz_loadu_ps(mask, p);
-}
-
-template <>
-AVX512 inline __m512 load(const uint16_t* p, __mmask16 mask) {  // bfloat16
-  return _mm512_castsi512_ps(
-      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16));
-}
-
-constexpr int kColumns = 128;  // output channels a task where the weight is [in_ch, out_ch]
-constexpr int kOutputs = 64;   // output channels a task where it is [out_ch, in_ch]
-
-template <int R, typename T>
-AVX512 void dense_columns(const float* x, int64_t in_ch, const T* w, int64_t out_ch, int64_t column,
-                          float* y) {
-  constexpr int kRegs = R == 1 ? 8 : 4;
-  for (int64_t first = column; first < std::min(column + kColumns, out_ch); first += 16 * kRegs) {
-    __m512 sum[R][kRegs];
-    __mmask16 mask[kRegs];
-    for (int c = 0; c < kRegs; ++c) {
-      const int64_t left = std::clamp<int64_t>(out_ch - first - 16 * c, 0, 16);
-      mask[c] = static_cast<__mmask16>((1u << left) - 1);
-      for (int r = 0; r < R; ++r) sum[r][c] = _mm512_setzero_ps();
-    }
-    for (int64_t k = 0; k < in_ch; ++k) {
-      const T* row = w + k * out_ch + first;
-      for (int c = 0; c < kRegs; ++c) {
-        if (c % (64 / (16 * sizeof(T))) == 0) _mm_prefetch(row + 8 * out_ch + 16 * c, _MM_HINT_T0);
-        const __m512 v = load(row + 16 * c, mask[c]);
-        for (int r = 0; r < R; ++r)
-          sum[r][c] = _mm512_fmadd_ps(v, _mm512_set1_ps(x[r * in_ch + k]), sum[r][c]);
-      }
-    }
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < kRegs; ++c)
-        _mm512_mask_storeu_ps(y + r * out_ch + first + 16 * c, mask[c], sum[r][c]);
-  }
-}
-
-template <int R, typename T>
-AVX512 void dense_rows(const float* x, int64_t in_ch, const T* w, int64_t out_ch, int64_t first,
-                       float* y) {
-  constexpr int kTogether = R == 1 ? 4 : 2;  // output channels whose sums are independent
-  const int64_t last = std::min(first + kOutputs, out_ch);
-  for (int64_t n = first; n < last; n += kTogether) {
-    __m512 sum[R][kTogether];
-    for (int r = 0; r < R; ++r)
-      for (int j = 0; j < kTogether; ++j) sum[r][j] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < in_ch; k += 16) {
-      const int64_t left = std::min<int64_t>(in_ch - k, 16);
-      const __mmask16 mask = static_cast<__mmask16>((1u << left) - 1);
-      __m512 xs[R];
-      for (int r = 0; r < R; ++r) xs[r] = _mm512_maskz_loadu_ps(mask, x + r * in_ch + k);
-      for (int j = 0; j < kTogether; ++j) {
-        const __m512 v = load(w + std::min(n + j, last - 1) * in_ch + k, mask);
-        for (int r = 0; r < R; ++r) sum[r][j] = _mm512_fmadd_ps(v, xs[r], sum[r][j]);
-      }
-    }
-    for (int r = 0; r < R; ++r)
-      for (int j = 0; j < kTogether && n + j < last; ++j)
-        y[r * out_ch + n + j] = _mm512_reduce_add_ps(sum[r][j]);
-  }
-}
+// In panels like codes, [panels][in_ch][64], so that a product reads each of them front to back.
 
 template <typename T>
-void dense_product(const float* x, int64_t rows, int64_t in_ch, const T* w, bool transposed,
-                   int64_t out_ch, float* y) {
-  const int64_t size = transposed ? kOutputs : kColumns;
-  Pool::get().run(static_cast<int>((out_ch + size - 1) / size), [&](int task) {
+AVX512 inline __m512 load(const T* p);
+
+template <>
+AVX512 inline __m512 load(const float* p) {
+  return _mm512_loadu_ps(p);
+}
+
+template <>
+AVX512 inline __m512 load(const uint16_t* p) {  // bfloat16
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+constexpr int64_t kFewRows = 4;        // up to which a product is bound by reading the panels
+constexpr int64_t kAhead = 8 * kPanel;  // elements
+
+template <int R, typename T>
+AVX512 void dense_rows(const float* x, int64_t in_ch, const T* w, float* y, int64_t y_stride,
+                       int width) {
+  __m512 sum[R][kRegisters];
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < kRegisters; ++c) sum[r][c] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < in_ch; ++k, w += kPanel)
+    for (int c = 0; c < kRegisters; ++c) {
+      if (c % (64 / (16 * sizeof(T))) == 0) _mm_prefetch(w + kAhead + 16 * c, _MM_HINT_T0);
+      const __m512 v = load(w + 16 * c);
+      for (int r = 0; r < R; ++r)
+        sum[r][c] = _mm512_fmadd_ps(v, _mm512_set1_ps(x[r * in_ch + k]), sum[r][c]);
+    }
+  store_panel<R>(sum, y, y_stride, width);
+}
+
+AVX512 const float* as_floats(const uint16_t* panel, int64_t size, float* to) {
+  for (int64_t i = 0; i < size; i += 16) _mm512_storeu_ps(to + i, load(panel + i));
+  return to;
+}
+
+const float* as_floats(const float* panel, int64_t, float*) { return panel; }
+
+template <typename T>
+void dense_product(const float* x, int64_t rows, int64_t in_ch, const T* w, int64_t out_ch,
+                   float* y) {
+  const int64_t size = in_ch * kPanel;
+  if (rows > kFewRows) {
+    many_rows(x, rows, in_ch, out_ch, y, [&](int64_t column, float* room) {
+      return as_floats(w + column / kPanel * size, size, room);
+    });
+    return;
+  }
+  Pool::get().run(static_cast<int>((out_ch + kPanel - 1) / kPanel), [&](int p) {
+    const int64_t column = int64_t{p} * kPanel;
+    const int width = static_cast<int>(std::min<int64_t>(kPanel, out_ch - column));
     for (int64_t r = 0; r < rows;) {
-#define CALL(R)                                                                          \
-  (transposed ? dense_rows<R, T> : dense_columns<R, T>)(x + r * in_ch, in_ch, w, out_ch, \
-                                                        task * size, y + r * out_ch)
+#define CALL(R) \
+  dense_rows<R, T>(x + r * in_ch, in_ch, w + p * size, y + r * out_ch + column, out_ch, width)
       r += ROWS(4, rows - r, CALL);
 #undef CALL
     }
   });
 }
 
-ffi::Error DenseProduct(ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, bool transposed,
-                        ffi::ResultBuffer<ffi::F32> y) {
+ffi::Error DenseProduct(ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, ffi::ResultBuffer<ffi::F32> y) {
   const int64_t rows = x.dimensions()[0], in_ch = x.dimensions()[1], out_ch = y->dimensions()[1];
   if (w.element_type() == ffi::DataType::F32) {
-    dense_product(x.typed_data(), rows, in_ch, static_cast<const float*>(w.untyped_data()),
-                  transposed, out_ch, y->typed_data());
+    dense_product(x.typed_data(), rows, in_ch, static_cast<const float*>(w.untyped_data()), out_ch,
+                  y->typed_data());
   } else if (w.element_type() == ffi::DataType::BF16) {
     dense_product(x.typed_data(), rows, in_ch, static_cast<const uint16_t*>(w.untyped_data()),
-                  transposed, out_ch, y->typed_data());
+                  out_ch, y->typed_data());
   } else {
     return ffi::Error::InvalidArgument("a dense weight is float32 or bfloat16");
   }
@@ -584,7 +596,7 @@ template <typename T>
 struct FloatRows {
   const T* data;
   int64_t dim;
-  AVX512 __m512 read(int64_t row, int64_t c) const { return load(data + row * dim + c, 0xffff); }
+  AVX512 __m512 read(int64_t row, int64_t c) const { return load(data + row * dim + c); }
   static int64_t place(int64_t i) { return i; }
 };
 
@@ -792,6 +804,146 @@ ffi::Error DecodeAttention(ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBu
   return attention_with<NibbleRows>(a, codes, a.dim / 2, v, v_bits);
 }
 
+// ---------------------------------------------------------------------------------------- prefill
+
+constexpr int64_t kQueries = 48;  // of a task; whole sixes, which a kernel takes at once
+constexpr int64_t kKeys = 512;    // whose scores exist at once; whole panels
+
+struct Prefill {
+  int64_t time, heads, kv_heads, slots, dim;
+  int64_t slot;    // of the first query
+  int64_t window;  // slots that a query sees at most, its own included; 0 for all
+  float scale;
+  const float *q, *k, *v;
+  const int32_t* starts;
+  float* out;
+
+  int64_t end() const { return slot + time; }
+  int64_t panels() const { return (end() + kPanel - 1) / kPanel; }
+  int64_t wide() const { return (dim + kPanel - 1) / kPanel * kPanel; }
+  // The first slot that query i of sequence b sees; the last one is its own.
+  int64_t low(int64_t b, int64_t i) const {
+    return std::max<int64_t>({0, starts[b], window ? slot + i + 1 - window : 0});
+  }
+};
+
+// 64 slots of one kv head: keys as [dim][64], values as [64][wide]. What no query sees is zero.
+void arrange_slots(const Prefill& a, int64_t b, int64_t head, int64_t panel, float* keys,
+                   float* values) {
+  const int64_t wide = a.wide(), dim = a.dim;
+  for (int64_t j = 0; j < kPanel; ++j) {
+    const int64_t s = panel * kPanel + j;
+    const bool seen = s >= a.starts[b] && s < a.end();
+    const int64_t row = (head * a.slots + s) * dim;
+    for (int64_t d = 0; d < dim; ++d) keys[d * kPanel + j] = seen ? a.k[row + d] : 0.0f;
+    for (int64_t d = 0; d < wide; ++d)
+      values[j * wide + d] = seen && d < dim ? a.v[row + d] : 0.0f;
+  }
+}
+
+inline __mmask16 lanes(int64_t at, int64_t first, int64_t last) {
+  const auto below = [&](int64_t n) { return (1u << std::clamp<int64_t>(n - at, 0, 16)) - 1; };
+  return static_cast<__mmask16>(below(last) & ~below(first));
+}
+
+// Scores [first, last) of a row become exp(score − highest), all others 0; `highest` and `total` go
+// on, and the factor for what was summed before comes back.
+AVX512 float soften(float* score, int64_t first, int64_t last, int64_t n, float& highest,
+                    float& total) {
+  __m512 most = _mm512_set1_ps(highest);
+  for (int64_t s = first / 16 * 16; s < last; s += 16)
+    most = _mm512_mask_max_ps(most, lanes(s, first, last), most, _mm512_loadu_ps(score + s));
+  const float old = highest;
+  highest = _mm512_reduce_max_ps(most);
+  const __m512 shift = _mm512_set1_ps(highest);
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t s = 0; s < n; s += 16) {
+    __m512 p = _mm512_setzero_ps();
+    if (const __mmask16 seen = lanes(s, first, last))
+      p = _mm512_maskz_mov_ps(seen, exp_ps(_mm512_sub_ps(_mm512_loadu_ps(score + s), shift)));
+    _mm512_storeu_ps(score + s, p);
+    sum = _mm512_add_ps(sum, p);
+  }
+  const float factor = std::exp(old - highest);
+  total = total * factor + _mm512_reduce_add_ps(sum);
+  return factor;
+}
+
+// Queries [first, last) of one head of a sequence; keys and values as `arrange_slots` gives them.
+AVX512 void attend_queries(const Prefill& a, int64_t b, int64_t head, int64_t first, int64_t last,
+                           const float* keys, const float* values) {
+  thread_local std::vector<float> queries, scores, part, sums;
+  const int64_t rows = last - first, dim = a.dim, wide = a.wide(), stride = a.heads * dim;
+  const float* from = a.q + (b * a.time + first) * stride + head * dim;
+  float* to = a.out + (b * a.time + first) * stride + head * dim;
+  queries.resize(kQueries * dim);
+  scores.resize(kQueries * kKeys);
+  part.resize(kQueries * wide);
+  sums.assign(kQueries * wide, 0.0f);
+  float highest[kQueries], total[kQueries];
+  for (int64_t r = 0; r < rows; ++r) {
+    highest[r] = -1e30f;
+    total[r] = 0;
+    for (int64_t d = 0; d < dim; ++d) queries[r * dim + d] = from[r * stride + d] * a.scale;
+  }
+  const int64_t end = a.slot + last;
+  for (int64_t base = a.low(b, first) / kPanel * kPanel; base < end; base += kKeys) {
+    const int64_t n = std::min(kKeys, end - base);
+    for (int64_t c = 0; c < n; c += kPanel)
+      panel_rows(queries.data(), dim, rows, dim, keys + (base + c) * dim, kPanel,
+                 scores.data() + c, kKeys, kPanel);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t low = std::max<int64_t>(a.low(b, first + r) - base, 0);
+      const int64_t high = std::min(a.slot + first + r + 1 - base, n);
+      const int64_t whole = (n + 15) / 16 * 16;
+      float* row = scores.data() + r * kKeys;
+      if (low >= high) {
+        std::fill(row, row + whole, 0.0f);
+        continue;
+      }
+      const float factor = soften(row, low, high, whole, highest[r], total[r]);
+      for (int64_t d = 0; d < wide; ++d) sums[r * wide + d] *= factor;
+    }
+    for (int64_t c = 0; c < wide; c += kPanel)
+      panel_rows(scores.data(), kKeys, rows, n, values + base * wide + c, wide, part.data() + c,
+                 wide, kPanel);
+    for (int64_t i = 0; i < rows * wide; ++i) sums[i] += part[i];
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const float scale = total[r] == 0 ? 0.0f : 1 / total[r];  // a query in padding sees nothing
+    for (int64_t d = 0; d < dim; ++d) to[r * stride + d] = sums[r * wide + d] * scale;
+  }
+}
+
+ffi::Error PrefillAttention(ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> k,
+                            ffi::Buffer<ffi::F32> v, ffi::Buffer<ffi::S32> starts,
+                            ffi::Buffer<ffi::S32> slot, float scale, int64_t window,
+                            ffi::ResultBuffer<ffi::F32> y) {
+  const auto shape = q.dimensions(), cache = k.dimensions();
+  const Prefill a{shape[1], shape[2], cache[1], cache[2], shape[3], slot.typed_data()[0], window,
+                  scale, q.typed_data(), k.typed_data(), v.typed_data(), starts.typed_data(),
+                  y->typed_data()};
+  const int64_t batch = shape[0], panels = a.panels(), size = panels * kPanel;
+  const int64_t kv_rows = batch * a.kv_heads, key_size = size * a.dim, value_size = size * a.wide();
+  const std::unique_ptr<float[]> keys(new float[kv_rows * key_size]);
+  const std::unique_ptr<float[]> values(new float[kv_rows * value_size]);
+  Pool::get().run(static_cast<int>(kv_rows * panels), [&](int task) {
+    const int64_t row = task / panels, panel = task % panels;
+    arrange_slots(a, row / a.kv_heads, row, panel,
+                  keys.get() + row * key_size + panel * kPanel * a.dim,
+                  values.get() + row * value_size + panel * kPanel * a.wide());
+  });
+  const int64_t tiles = (a.time + kQueries - 1) / kQueries;
+  Pool::get().run(static_cast<int>(batch * a.heads * tiles), [&](int task) {
+    const int64_t tile = tiles - 1 - task / (batch * a.heads);  // the longest first
+    const int64_t b = task % (batch * a.heads) / a.heads, head = task % a.heads;
+    const int64_t row = b * a.kv_heads + head / (a.heads / a.kv_heads);
+    attend_queries(a, b, head, tile * kQueries, std::min((tile + 1) * kQueries, a.time),
+                   keys.get() + row * key_size, values.get() + row * value_size);
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 extern "C" int jaxcomp_native_supported() {
@@ -824,11 +976,21 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomp_integer_product, IntegerProduct,
                                   .Attr<int64_t>("bits")
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomp_prefill_attention, PrefillAttention,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Attr<float>("scale")
+                                  .Attr<int64_t>("window")
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomp_dense_product, DenseProduct,
                               ffi::Ffi::Bind()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Attr<bool>("transposed")
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomp_quantize, Quantize,

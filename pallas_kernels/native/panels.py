@@ -1,4 +1,4 @@
-"""Quantized weights in the layout of `native.cpp`, and back.
+"""Weights in the layout of `native.cpp`, and back.
 
 A panel is 64 output channels; a word of 32 bits holds the codes of 8 (4 bits) or 4 (8 bits)
 neighbouring input channels of one of them. Codes of 2 and 3 bits are kept in 4, of 5 to 7 in 8.
@@ -6,11 +6,21 @@ neighbouring input channels of one of them. Codes of 2 and 3 bits are kept in 4,
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Int8, UInt8, UInt32
+from jaxtyping import Array, Float, Int, Int8, UInt8, UInt32
 
 from pallas_kernels.weight import Weight, codes_of, grid_of
 
 PANEL = 64
+
+
+def dense_panels(w: Float[np.ndarray, "in_ch out_ch"]) -> Float[np.ndarray, "panels in_ch 64"]:
+    """A dense weight in panels; the last one is filled up with zeros."""
+    in_ch, out_ch = w.shape
+    panels = np.zeros((-(-out_ch // PANEL), in_ch, PANEL), w.dtype)
+    for i, panel in enumerate(panels):
+        part = w[:, i * PANEL : (i + 1) * PANEL]
+        panel[:, : part.shape[1]] = part
+    return panels
 
 
 def stored_bits(bits: int) -> int:

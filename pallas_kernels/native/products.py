@@ -44,13 +44,13 @@ def integer_product(
 
 
 def dense_product(
-    x: Float[Array, "rows in_ch"], w: Float[Array, "..."], transposed: bool
+    x: Float[Array, "rows in_ch"], w: Float[Array, "panels in_ch 64"], out_ch: int
 ) -> Float[Array, "rows out_ch"]:
-    """`x @ w` in float32, or `x @ w.T`; `w` float32 or bfloat16."""
+    """`x @ w` in float32, for a weight of float32 or bfloat16 in panels."""
     library.require()
-    out = jax.ShapeDtypeStruct((len(x), w.shape[0 if transposed else 1]), jnp.float32)
+    out = jax.ShapeDtypeStruct((len(x), out_ch), jnp.float32)
     call = jax.ffi.ffi_call("jaxcomp_dense_product", out, **MAPPED)
-    return call(x.astype(jnp.float32), w, transposed=transposed)
+    return call(x.astype(jnp.float32), w)
 
 
 def quantize(
@@ -96,6 +96,29 @@ def decode_attention(
         scale=np.float32(scale),
         k_bits=k_bits,
         v_bits=v_bits,
+    )
+
+
+def prefill_attention(
+    q: Float[Array, "batch time heads head_dim"],
+    k: Float[Array, "batch kv_head slots head_dim"],
+    v: Float[Array, "batch kv_head slots head_dim"],
+    starts: Int[Array, " batch"],
+    slot: Int[Array, ""],
+    scale: float,
+    window: int | None,
+) -> Float[Array, "batch time heads head_dim"]:
+    """See `pallas_kernels.prefill_attention.prefill_attention`; float32."""
+    library.require()
+    call = jax.ffi.ffi_call(
+        "jaxcomp_prefill_attention", jax.ShapeDtypeStruct(q.shape, jnp.float32), **MAPPED
+    )
+    return call(
+        *(a.astype(jnp.float32) for a in (q, k, v)),
+        starts.astype(jnp.int32),
+        jnp.asarray(slot, jnp.int32).reshape(1),
+        scale=np.float32(scale),
+        window=window or 0,
     )
 
 

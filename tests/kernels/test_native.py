@@ -8,6 +8,7 @@ import pytest
 from pallas_kernels import (
     DenseWeight,
     dense_matmul,
+    prepare_dense,
     quant_matmul,
     quant_matmul_int,
     quantize_tokens,
@@ -90,20 +91,24 @@ def test_what_has_no_panels_is_refused_and_the_reference_takes_it():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("transposed", [True, False])
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 37, 300])
 def test_a_dense_weight_is_multiplied_in_float32(rows, transposed, dtype):
     rng = np.random.default_rng(0)
     for k, n in ((100, 333), (257, 128), (576, 64)):
         w = jnp.asarray(rng.standard_normal((n, k) if transposed else (k, n)), dtype)
         x = rng.standard_normal((1, rows, k)).astype(np.float32)
-        weight = DenseWeight(w, transposed)
+        weight = prepare_dense(DenseWeight(w, transposed), CHIPS["cpu"])
+        assert weight.out_ch == n and weight.shape == (k, n)
+        np.testing.assert_array_equal(weight.dense, w.T if transposed else w)
+        ids = jnp.array([[0, n - 1], [5, 5]])
+        np.testing.assert_array_equal(weight.columns(ids), weight.dense.T[ids])
         exact = (
             x @ np.asarray(w, np.float64).reshape(w.shape).T
             if transposed
             else x @ np.asarray(w, np.float64)
         )
         y = dense_matmul(jnp.asarray(x), weight)
-        assert y.shape == (1, rows, n) and weight.shape == (k, n)
+        assert y.shape == (1, rows, n)
         np.testing.assert_allclose(y, exact, atol=1e-5 * np.abs(exact).max())
 
 

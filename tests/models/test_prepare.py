@@ -114,7 +114,7 @@ def test_a_tied_head_shares_the_embedding():
     model = tiny.model("gemma3_text", jax.random.key(0))
     assert model.lm_head is None
     prepared = prepare(model)
-    assert prepared.lm_head.w.array is prepared.embed.weight
+    assert prepared.lm_head.w is prepared.embed.weight
 
 
 def test_linears_that_differ_stay_apart():
