@@ -62,7 +62,7 @@ from jaxcomp.core.quantize import QTensor
 from jaxcomp.core.tree import get_at
 from jaxcomp.models.anatomy import anatomy
 from jaxcomp.models.decoder import Block, Decoder, block_struct
-from jaxcomp.models.depth import DepthPlan, check_removed, cuts, drop
+from jaxcomp.models.depth import DepthPlan, check_removed, cuts, drop, missing_at_end
 from jaxcomp.models.fold import check_dense, scale_stream
 from jaxcomp.models.patch import Patch, patch_matrix
 from jaxcomp.models.stream import block_step
@@ -166,7 +166,14 @@ class LinearPatch:
         put = functools.partial(put_patch, self, patches, found)
         inner = dataclasses.replace(run, store=run.store and run.store.part("put"))
         result = blockwise(NAME, model, None, put, None, inner)
-        return Result(self._ends(result.model, patches), [*rows, *result.rows])
+        rows = [*rows, *result.rows]
+        if behind := missing_at_end(model, original):
+            why = (
+                f"blocks {behind.start} to {behind.stop - 1} are removed at the very end, where no "
+                "block is left to carry a patch"
+            )
+            rows.append(Row(NAME, None, None, {"warning 1": why}))
+        return Result(self._ends(result.model, patches), rows)
 
     def _fits(
         self, model: Decoder, original: Decoder, calib: Calibration | None, run: Run

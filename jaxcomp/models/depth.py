@@ -93,19 +93,27 @@ def cuts(model: Decoder, original: Decoder | None = None) -> dict[int, tuple[int
     Raises:
       ValueError: the model has blocks that the original lacks.
     """
-    if model.kept is None:
-        return {}
-    places = list(model.kept)
-    if original is not None:
-        theirs = original.kept or tuple(range(len(original.blocks)))
-        if absent := [i for i in places if i not in theirs]:
-            raise ValueError(
-                f"the model keeps block {absent[0]} of the one that was first pruned, which the "
-                "original given lacks; it was made from another model"
-            )
-        places = [theirs.index(i) for i in places]
+    places = _places(model, original)
     before = [-1, *places]
     return {i: (before[i] + 1, at) for i, at in enumerate(places) if at > before[i] + 1}
+
+
+def missing_at_end(model: Decoder, original: Decoder) -> range:
+    """Blocks of the original behind the last that is left; see `cuts`."""
+    return range(_places(model, original)[-1] + 1, len(original.blocks))
+
+
+def _places(model: Decoder, original: Decoder | None) -> list[int]:
+    """Where the blocks of the model stood in the original, or in the model first pruned."""
+    if original is None or model.kept is None:
+        return list(model.kept or range(len(model.blocks)))
+    theirs = original.kept or tuple(range(len(original.blocks)))
+    if absent := [i for i in model.kept if i not in theirs]:
+        raise ValueError(
+            f"the model keeps block {absent[0]} of the one that was first pruned, which the "
+            "original given lacks; it was made from another model"
+        )
+    return [theirs.index(i) for i in model.kept]
 
 
 def model_digest(model: Decoder) -> str:

@@ -52,6 +52,12 @@ def test_every_cut_gets_one_patch_and_its_row(model):
     assert rows[1]["error_after"] != rows[1]["error_before"]
 
 
+def test_a_cut_at_the_very_end_is_named(model):
+    rows = LinearPatch("diag", blocks=(1, 4))(model, CALIB).rows
+    assert "blocks 4 to 4 are removed at the very end" in rows[-1].metrics["warning 1"]
+    assert rows[-1].block is None
+
+
 @pytest.mark.parametrize("family", ["qwen2", "gemma3_text", "olmo2", "phi3"])
 @pytest.mark.parametrize("blocks", [(2, 3), (1, 3)])
 def test_a_folded_scalar_is_the_patch(family, blocks):

@@ -1,7 +1,10 @@
+import io
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rich.console
 
 from jaxcomp import artefact
 from jaxcomp.core.transforms import Diag, Hadamard, Kron, transform
@@ -9,6 +12,7 @@ from jaxcomp.models.attention import plain_context
 from jaxcomp.models.decoder import block_forward, empty_cache, extend, forward
 from jaxcomp.models.patch import Patch, apply_patch, dense_patch, patch_matrix, rotate_patch
 from jaxcomp.models.prepare import prepare
+from jaxcomp.report import structure_tree
 from tests import tiny
 
 SCALE = 1.2 ** jax.random.normal(jax.random.key(5), (32,))
@@ -100,3 +104,12 @@ def test_an_artefact_keeps_the_patch_and_what_was_kept(model, tmp_path):
     back = artefact.load(tmp_path / "out")
     assert jax.tree.structure(back) == jax.tree.structure(model) and back.kept == (0, 2, 5)
     np.testing.assert_array_equal(back.blocks[1].patch.transforms[1].scale, SCALE)
+
+
+def test_the_tree_for_a_terminal_names_the_patch_and_the_blocks_that_are_left(model):
+    console = rich.console.Console(width=160, record=True, file=io.StringIO())
+    shown = patched(model, Patch(FACTORED, skip_first=True)).replace(kept=(0, 3, 4))
+    console.print(structure_tree(shown))
+    text = console.export_text()
+    assert "Hadamard 32 → Diag 32 → Hadamardᵀ 32, the first token left alone" in text
+    assert "0, 3, 4" in text
