@@ -1,8 +1,15 @@
-"""`linear`: the one function that multiplies by a weight, whatever leaf holds it."""
+"""`linear`: the one function that multiplies by a weight, whatever leaf holds it.
+
+Dense weights keep their stored dtype and are cast inside the product, and the gradient of that
+product is written out: in a dtype below float32, what comes back is cast as well. Differentiated by
+rule, both products of a gradient would mix float32 with bfloat16, which no matrix unit takes.
+"""
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from jaxcomp.core.activation import QActivation
@@ -13,6 +20,18 @@ from pallas_kernels.weight import Weight, canonical_weight, dequantize
 
 
 @node
+class LowRank:
+    """A weight with a low-rank addition, `w + a @ b`, while the addition is trained (LoRA).
+
+    The sum is not formed: the gradient of `w` is then never computed. `folded` forms it.
+    """
+
+    w: Float[Array, "in_ch out_ch"]
+    a: Float[Array, "in_ch rank"]
+    b: Float[Array, "rank out_ch"]
+
+
+@node
 class Linear:
     """`y = x @ w + b`, with `w` `[*experts, in_ch, out_ch]`, `b` `[out_ch]`.
 
@@ -20,7 +39,7 @@ class Linear:
     `Weight`, an array into a `DenseWeight`.
     """
 
-    w: Float[Array, "*experts in_ch out_ch"] | QTensor | Weight | DenseWeight
+    w: Float[Array, "*experts in_ch out_ch"] | QTensor | Weight | DenseWeight | LowRank
     b: Float[Array, " out_ch"] | None = None
 
 
@@ -42,6 +61,9 @@ def linear(
         y = quant_matmul(x, weight_of(p.w), jnp.float32)
     elif isinstance(p.w, DenseWeight):
         y = dense_matmul(x, p.w, jnp.float32)
+    elif isinstance(p.w, LowRank):
+        inner = _dense_product(x, p.w.a).astype(x.dtype)
+        y = _dense_product(x, p.w.w) + _dense_product(inner, p.w.b)
     else:
         y = _dense_product(x, p.w)
     if p.b is not None:
@@ -49,11 +71,56 @@ def linear(
     return y.astype(dtype or x.dtype)
 
 
+def folded(w: LowRank) -> Float[Array, "in_ch out_ch"]:
+    """`w + a @ b`, summed in float32, in the dtype of `w`."""
+    added = jnp.matmul(w.a.astype(jnp.float32), w.b.astype(jnp.float32), precision="highest")
+    return (w.w.astype(jnp.float32) + added).astype(w.w.dtype)
+
+
 def _dense_product(x: Array, w: Array) -> Array:
     """Tokens are one axis, or the gradient of `w` would be computed from transposed activations."""
-    rows = x.reshape(-1, x.shape[-1]) if w.ndim == 2 else x
-    y = jnp.matmul(rows, w.astype(x.dtype), preferred_element_type=jnp.float32)
-    return y.reshape(*x.shape[:-1], w.shape[-1])
+    if w.ndim != 2:
+        return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+    rows = x.reshape(-1, x.shape[-1])
+    return _product(rows, w).reshape(*x.shape[:-1], w.shape[-1])
+
+
+@jax.custom_vjp
+def _product(x: Float[Array, "rows in_ch"], w: Float[Array, "in_ch out_ch"]) -> Array:
+    return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _product_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _product(x, w), (x, w)
+
+
+def _product_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, w = saved
+    g = g.astype(x.dtype)
+    dx = _contract(g, w.astype(x.dtype), 1, 1)
+    dw = _contract(transposed(x), g, 1, 0)
+    return dx.astype(x.dtype), dw.astype(w.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _contract(a: Array, b: Array, i: int, j: int) -> Array:
+    """The product over axis `i` of `a` and `j` of `b`, float32."""
+    axes = ((i,), (j,)), ((), ())
+    return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
+
+
+def transposed(x: Float[Array, "rows columns"]) -> Float[Array, "columns rows"]:
+    """`x.T` as the left side of a product.
+
+    XLA's CPU backend folds a transpose into the product that follows, which then leaves the
+    bfloat16 matrix unit; a fixed layout keeps the two apart.
+    """
+    if jax.default_backend() != "cpu" or x.dtype != jnp.bfloat16:
+        return x.T
+    rows_first = Layout(major_to_minor=(0, 1))
+    return with_layout_constraint(with_layout_constraint(x, rows_first).T, rows_first)
 
 
 def weight_of(w: QTensor | Weight) -> Weight:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxcomp.core.activation import as_float
-from jaxcomp.core.linear import Linear, linear
+from jaxcomp.core.linear import Linear, LowRank, folded, linear
 from jaxcomp.core.quantize import QuantSpec, dequantize, quantize
 from jaxcomp.core.site import ActQuantizer, codes_of
 
@@ -84,3 +84,28 @@ def test_codes_times_a_dense_weight_are_refused():
     codes = codes_of(ActQuantizer(QuantSpec(8, granularity="token", dynamic=True)), x)
     with pytest.raises(ValueError, match=r"\(24, 6\) is dense; quantize it"):
         linear(Linear(w, b), codes)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_of_a_product_are_the_definition_in_its_dtype(dtype):
+    w, _, x = arrays()
+    x, g = x.astype(dtype), jnp.cos(jnp.arange(2 * 5 * OUT, dtype=jnp.float32)).reshape(2, 5, OUT)
+    value = lambda w, x: jnp.sum(linear(Linear(w), x, jnp.float32) * g)  # noqa: E731
+    dw, dx = jax.grad(value, argnums=(0, 1))(w, x)
+    assert dw.dtype == jnp.float32 and dx.dtype == x.dtype
+    wide = np.asarray(x, np.float64)
+    atol = 1e-4 if dtype == "float32" else 0.1  # 24 to 60 terms, each rounded to 1/256
+    np.testing.assert_allclose(dw, np.einsum("bti,bto->io", wide, g), atol=atol)
+    np.testing.assert_allclose(np.asarray(dx, np.float64), g @ np.asarray(w).T, atol=atol)
+
+
+def test_a_low_rank_addition_computes_what_the_folded_weight_does():
+    w, b, x = arrays()
+    rng = np.random.default_rng(1)
+    a, b2 = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((IN, 3), (3, OUT)))
+    unfused, fused = LowRank(w, a, b2), folded(LowRank(w, a, b2))
+    np.testing.assert_allclose(fused, np.asarray(w) + np.asarray(a) @ np.asarray(b2), atol=1e-5)
+    expected = linear(Linear(fused, b), x)
+    np.testing.assert_allclose(linear(Linear(unfused, b), x), expected, rtol=1e-5, atol=1e-5)
+    nothing = LowRank(w.astype(jnp.bfloat16), a, jnp.zeros_like(b2))
+    assert (folded(nothing) == nothing.w).all() and folded(nothing).dtype == jnp.bfloat16
