@@ -84,9 +84,9 @@ def token_scores(
     rows, wanted = _rows(head, x), targets.reshape(-1)
 
     def visit(i: Array, state: _Softmax) -> _Softmax:
-        return _meet(state, *_chunk(head, rows, i), wanted)
+        return _meet(state, *vocab_chunk(head, rows, i), wanted)
 
-    end = jax.lax.fori_loop(0, _chunks(head), visit, _unmet(rows))
+    end = jax.lax.fori_loop(0, vocab_chunks(head), visit, _unmet(rows))
     return TokenScores(
         _nll(end).reshape(targets.shape), (end.gold >= end.highest).reshape(targets.shape)
     )
@@ -109,8 +109,8 @@ def next_token_gap(
 
     def visit(i: Array, state: tuple) -> tuple:
         p, q, weighted, best, other_best = state
-        a, words, new = _chunk(teacher, rows, i)
-        b, _, _ = _chunk(student, others, i)
+        a, words, new = vocab_chunk(teacher, rows, i)
+        b, _, _ = vocab_chunk(student, others, i)
         after = _meet(p, a, words, new, wanted)
         weights = jnp.where(new, jnp.exp(a - after.highest[:, None]), 0.0)
         weighted = weighted * jnp.exp(p.highest - after.highest)
@@ -122,7 +122,7 @@ def next_token_gap(
 
     none = jnp.zeros(len(rows), jnp.int32)
     start = _unmet(rows), _unmet(others), jnp.zeros(len(rows)), none, none
-    p, q, weighted, best, other_best = jax.lax.fori_loop(0, _chunks(teacher), visit, start)
+    p, q, weighted, best, other_best = jax.lax.fori_loop(0, vocab_chunks(teacher), visit, start)
     kl = jnp.maximum(weighted / p.total - _log_sum(p) + _log_sum(q), 0.0)
     gap = NextTokenGap(kl, best == other_best, _nll(p), _nll(q))
     return jax.tree.map(lambda a: a.reshape(targets.shape), gap)
@@ -132,11 +132,12 @@ def _rows(head: Head, x: Array) -> Float[Array, "rows d_model"]:
     return rms_norm(head.norm, x).reshape(-1, x.shape[-1])
 
 
-def _chunks(head: Head) -> int:
+def vocab_chunks(head: Head) -> int:
+    """How many chunks the vocabulary has."""
     return -(-head.w.shape[0] // VOCAB_CHUNK)
 
 
-def _chunk(
+def vocab_chunk(
     head: Head, rows: Float[Array, "rows d_model"], i: Array
 ) -> tuple[Float[Array, "rows words"], Int[Array, " words"], Bool[Array, " words"]]:
     """Logits of the i-th chunk, its words, and which of them no earlier chunk held."""
@@ -144,7 +145,9 @@ def _chunk(
     size = min(VOCAB_CHUNK, vocab)
     start = jnp.minimum(i * size, vocab - size)  # the last chunk overlaps the one before it
     part = jax.lax.dynamic_slice_in_dim(head.w, start, size)
-    logits = jnp.matmul(rows, part.T, preferred_element_type=jnp.float32)
+    # Written as `rows @ part.T` XLA's CPU backend would leave the bfloat16 matrix unit.
+    axes = ((1,), (1,)), ((), ())
+    logits = jax.lax.dot_general(rows, part, axes, preferred_element_type=jnp.float32)
     if head.b is not None:
         logits = logits + jax.lax.dynamic_slice_in_dim(head.b, start, size)
     words = start + jnp.arange(size, dtype=jnp.int32)
