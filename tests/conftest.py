@@ -37,6 +37,8 @@ NUMERIC = (
     "jaxcomp.models.sampling",
     "jaxcomp.models.session",
     "jaxcomp.models.stream",
+    "jaxcomp.models.support",
+    "jaxcomp.calibrate.losses",
     "jaxcomp.models.text",
 )
 
