@@ -19,18 +19,19 @@ class ConsoleProgress:
         self._task: Any = None
 
     def step(self, name: str, done: int, total: int, rows: list[Row]) -> None:
-        """`calibrate.Run.progress`: block `done` of `total` is finished."""
+        """`calibrate.Run.progress`: `done` of `total` blocks, or steps of a training, are over."""
         if self.console is None:
             return
         if self._bar is None:
             if done:
-                self.console.print(f"{name}: {done} of {total} blocks are already done, resuming")
+                self.console.print(f"{name}: {done} of {total} are already done, resuming")
             self._bar = _bar(self.console)
             self._bar.start()
             self._task = self._bar.add_task(name, total=total, completed=done, note="")
         self._bar.update(self._task, completed=done, note=_error(rows))
-        if not self.console.is_terminal and done and (done % 5 == 0 or done == total):
-            self.console.print(f"{name}: block {done}/{total} {_error(rows)}", highlight=False)
+        often = max(5, total // 20)
+        if not self.console.is_terminal and done and (done % often == 0 or done == total):
+            self.console.print(f"{name}: {done}/{total} {_error(rows)}", highlight=False)
         if done == total:
             self.close()
 
@@ -67,7 +68,9 @@ def _bar(console: rich.console.Console) -> bars.Progress:
 
 
 def _error(rows: list[Row]) -> str:
-    """The newest block's median error, before and after where both are known."""
+    """The newest block's median error, before and after where both are known; or the loss."""
+    if rows and "loss" in rows[-1].metrics:
+        return f"loss {rows[-1].metrics['loss']:.4f}"
     newest = [row for row in rows if row.linear and row.block == rows[-1].block]
     medians = {
         name: statistics.median(values)

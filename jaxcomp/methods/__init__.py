@@ -2,6 +2,7 @@
 
 from jaxcomp.methods.autobits import AutoBits
 from jaxcomp.methods.awq import AWQ
+from jaxcomp.methods.distill import Distill
 from jaxcomp.methods.flatquant import FlatQuant
 from jaxcomp.methods.gptq import GPTQ
 from jaxcomp.methods.linearpatch import LinearPatch
@@ -19,6 +20,7 @@ METHODS = {
     "FlatQuant": FlatQuant,  # fit small transforms until weights and activations are flat, round
     "AWQ": AWQ,  # scale up the weights that matter, clamp the rest, round to nearest
     "Sensitivity": Sensitivity,  # measure what each weight can bear; changes nothing
+    "Distill": Distill,  # train weights, additions, norms or patches on the original's top words
     "AutoBits": AutoBits,  # choose widths under a budget by that, then let a method quantize
     "PruneBlocks": PruneBlocks,  # remove the blocks that are missed least
     "LinearPatch": LinearPatch,  # put a linear map where blocks were removed
@@ -30,6 +32,7 @@ __all__ = [
     "METHODS",
     "RTN",
     "AutoBits",
+    "Distill",
     "FlatQuant",
     "LinearPatch",
     "PruneBlocks",

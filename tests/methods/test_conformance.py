@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 
 from jaxcomp.calibrate import Calibration, Result, Run, StepStore
+from jaxcomp.calibrate.descent import Descent
+from jaxcomp.calibrate.losses import TopKLoss
 from jaxcomp.calibrate.plan import check_steps
+from jaxcomp.calibrate.trainable import Trainable
 from jaxcomp.core.linear import Linear
 from jaxcomp.core.quantize import QTensor, QuantSpec
 from jaxcomp.core.store import save_tree
@@ -135,6 +138,24 @@ CASES |= {
         ),
     },
 }
+# The original is the model itself: what it says is learned already, and little may change.
+LESSON = Descent(batch=2, lr=1e-5, validation=2, every=2)
+CASES |= {
+    "Distill": {
+        "additions, then RTN": lambda m, bits: (
+            m(Trainable("lora", rank=2), fit=LESSON, k=8),
+            RTN(QuantSpec(bits), act=Q8, kv=KV8),
+        ),
+        "blocks, then GPTQ": lambda m, bits: (
+            m(Trainable("blocks"), TopKLoss("renorm", "up"), LESSON, k=8),
+            GPTQ(QuantSpec(bits)),
+        ),
+        "norms of the last block, after its weights are rounded": lambda m, bits: (
+            RTN(QuantSpec(bits)),
+            m(Trainable("norms", blocks=(1,)), TopKLoss(text=0.1), LESSON, k=8),
+        ),
+    },
+}
 # method → setting → the method with all quantization off: the model computes what it did.
 TRANSFORMS = {
     "QuaRot": {
@@ -161,6 +182,8 @@ TRANSFORMS = {
 # Methods whose cases remove one block, and the steps whose rows are about what they were given.
 DEPTH = ("PruneBlocks", "LinearPatch")
 BEFORE = ("PruneBlocks", "LinearPatch choice")
+# Methods that train the whole model at once.
+WHOLE = ("Distill",)
 # method → the parts of the model outside the blocks that it changes, in function-preserving ways.
 REWRITES = {"QuaRot": ("embed", "norm", "lm_head"), "LinearPatch": ("embed", "lm_head")}
 # (method/setting, family) → why the anatomy of the family does not allow it.
@@ -189,6 +212,7 @@ CI_CASES = (
     "AWQ/grouped asym",
     "Sensitivity/by linear, then RTN",
     "AutoBits/by site",
+    "Distill/additions, then RTN",
     "PruneBlocks/by influence, then RTN",
     "LinearPatch/hadamard, then RTN",
 )
@@ -244,9 +268,9 @@ def model_of(family, method=None):
 
 def apply(steps, model, calib, store=None, progress=None):
     """The result of all steps, with the rows of all."""
-    rows = []
+    rows, original = [], model
     for i, step in enumerate(steps):
-        run = Run(StepStore(store / f"{i}") if store else None, progress)
+        run = Run(StepStore(store / f"{i}") if store else None, progress, original=original)
         step.check(model)
         model, new = step(model, calib, run)
         rows += new
@@ -400,9 +424,9 @@ def test_progress_is_told_after_every_block(family, method, setting, calib):
     assert list(dict.fromkeys(name for name, _, _ in told)) == names
     for name in names:
         seen = [(done, total) for step, done, total in told if step == name]
-        if name not in DEPTH:
+        if name not in (*DEPTH, *WHOLE):
             assert seen == [(done, 2) for done in range(3)]
-        while seen:  # of such a method: each of its walks over the blocks from 0 to its end
+        while seen:  # of such a method: each of its walks over blocks, text or steps
             total = seen[0][1]
             assert seen[: total + 1] == [(done, total) for done in range(total + 1)]
             seen = seen[total + 1 :]
