@@ -105,11 +105,17 @@ class Selection:
 
     def check(self, model: Decoder) -> None:
         """Raises ValueError where the settings do not fit the model; reads no block."""
-        n_blocks, allowed = len(model.blocks), self.allowed(len(model.blocks))
+        n_blocks, allowed = len(model.blocks), self.allowed(len(model.blocks), patched(model))
         if self.metric in SPANS or self.contiguous:
             selection.smallest_span(np.zeros(n_blocks - self.remove + 1), self.remove, allowed)
         if self.metric in ("taylor", "taylor+", "magnitude"):
             check_weights(model, self.metric)
+
+
+def patched(model: Decoder) -> tuple[int, ...]:
+    """Blocks that carry the patch of others that were removed, and so have to stay."""
+    structs = map(block_struct, model.blocks)
+    return tuple(i for i, block in enumerate(structs) if block.patch is not None)
 
 
 class Chosen(NamedTuple):
@@ -174,7 +180,7 @@ def plan_selection(model: Decoder, hidden: Any, batches: int, how: Selection) ->
     then no block is behind the cut.
     """
     n, structs = len(model.blocks), [block_struct(block) for block in model.blocks]
-    allowed = how.allowed(n)
+    allowed = how.allowed(n, patched(model))
     inner = tuple(i for i in allowed if i < n - 1)
     guess = drop(model, (inner if len(inner) >= how.remove else allowed)[-how.remove :])
     if how.windows is not None and hidden is not None:
@@ -207,21 +213,27 @@ def _choose(
     n_blocks = len(model.blocks)
     top = None if calib is None else peaks(model, calib)
     outliers = () if top is None else outlier_blocks(top)
-    allowed = how.allowed(n_blocks, outliers if how.avoid_outliers else ())
+    avoid = (*patched(model), *(outliers if how.avoid_outliers else ()))
+    allowed = how.allowed(n_blocks, avoid)
     scores, choice = _measure(name, model, calib, how, allowed, run)
-    text = b"" if not how.needs_text else np.ascontiguousarray(calib.tokens, "<i4").tobytes()
     plan = DepthPlan(
         n_blocks,
         choice.removed,
         model_digest(model),
         how.metric,
-        hashlib.sha256(text).hexdigest() if text else "",
-        calib.tokens.size if text else 0,
+        _digest(calib.tokens) if how.needs_text else "",
+        calib.tokens.size if how.needs_text else 0,
         tuple(None if s is None else float(s) for s in scores),
         choice.margin,
         importlib.metadata.version("jaxcomp"),
     )
     return {"plan": plan_to_json(plan), "warnings": _warnings(plan, how, top, outliers)}
+
+
+def _digest(tokens: np.ndarray) -> str:
+    """sha256 of the shape and the tokens, as the report has it of the calibration windows."""
+    shape = np.asarray(tokens.shape, "<i8").tobytes()
+    return hashlib.sha256(shape + tokens.astype("<i4").tobytes()).hexdigest()
 
 
 def _measure(

@@ -14,12 +14,15 @@ from jaxcomp.calibrate.removal import influences, losses_without
 from jaxcomp.calibrate.saliency import taylor, weights
 from jaxcomp.calibrate.similarity import outlier_blocks, peaks, similarity
 from jaxcomp.core.quantize import QuantSpec
+from jaxcomp.core.transforms import Diag
 from jaxcomp.core.tree import replace_at, replace_many
+from jaxcomp.data.batches import sample_hash
 from jaxcomp.methods import RTN
 from jaxcomp.models.attention import plain_context
 from jaxcomp.models.decoder import block_forward, forward
 from jaxcomp.models.depth import drop, model_digest
 from jaxcomp.models.layers import embed_tokens
+from jaxcomp.models.patch import Patch
 from tests import tiny
 
 N, PLANTED = 6, 3
@@ -230,11 +233,21 @@ def test_a_block_that_makes_a_massive_activation_is_named_and_can_be_kept(plante
 def test_a_plan_says_where_it_is_from(model):
     plan = choose(model, 2, "bi", windows=4)
     assert plan.parent == model_digest(model) and plan.metric == "bi" and plan.tokens == 4 * 12
-    assert plan.n_blocks == N == len(plan.scores) and len(plan.text_sha256) == 64 and plan.version
+    assert plan.n_blocks == N == len(plan.scores) and plan.version
+    assert plan.text_sha256 == sample_hash(CALIB.tokens[:4])
     blind = choose(model, 2, "random", seed=3)
     assert blind.scores == () and blind.text_sha256 == "" and blind.margin is None
     spans = choose(model, 2, "angular")
     assert len(spans.scores) == N - 1
+
+
+def test_a_block_that_carries_a_patch_stays(planted):
+    blocks = list(planted.blocks)
+    blocks[PLANTED] = blocks[PLANTED].replace(patch=Patch((Diag(jnp.ones(32)),)))
+    patched = planted.replace(blocks=tuple(blocks))
+    assert PLANTED not in choose(patched, 3, "bi").removed
+    with pytest.raises(ValueError, match="remove=4, and of the 6 blocks 3 may go"):
+        Selection(4, "bi").check(patched)
 
 
 def test_a_greedy_search_continues_where_it_was_killed(model, tmp_path):
