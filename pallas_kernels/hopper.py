@@ -183,27 +183,31 @@ def product(
     dtype: DTypeLike,
     interpret: Any = False,
     transposed: bool = True,
+    left_transposed: bool = False,
 ) -> Array:
     """``total + a @ bᵀ``; with ``transposed=False`` ``total + a @ b``, of 16-bit floats.
 
     Args:
       total: `[m, n]` of `dtype`; None for zeros.
-      a: `[m, k]`, registers or on-chip memory.
+      a: `[m, k]`, registers or on-chip memory; where `left_transposed` `[k, m]` of 16-bit floats,
+        on-chip memory.
       b: `[n, k]`, or where not transposed `[k, n]`, on-chip memory.
       dtype: float32 or int32.
     """
     if interpret:
+        contracted = ((int(not left_transposed),), (int(transposed),))
         y = jax.lax.dot_general(
-            a[...], b[...], (((1,), (int(transposed),)), ((), ())), preferred_element_type=dtype
+            a[...], b[...], (contracted, ((), ())), preferred_element_type=dtype
         )
         return y if total is None else total + y
 
     def add(sums):
-        plgpu.wgmma(sums, a, b.T if transposed else b)
+        plgpu.wgmma(sums, a.T if left_transposed else a, b.T if transposed else b)
         return None if total is not None else sums[...]
 
     if total is None:
-        return pl.run_scoped(add, plgpu.ACC((a.shape[0], b.shape[1 - int(transposed)]), dtype))
+        m, n = a.shape[int(left_transposed)], b.shape[1 - int(transposed)]
+        return pl.run_scoped(add, plgpu.ACC((m, n), dtype))
 
     def add_and_wait(sums):
         add(sums)
@@ -212,17 +216,21 @@ def product(
     return pl.run_state(add_and_wait)(plgpu.ACC.init(total))
 
 
+def put_transposed(buffer: Any, y: Array, interpret: Any = False) -> None:
+    """Writes what is laid like a sum of products, `[m, n]`, to on-chip memory `[n, m]`."""
+    if interpret:
+        buffer[...] = y.T
+    else:
+        buffer.T[...] = plgpu.layout_cast(y, Layout.WGMMA_TRANSPOSED)
+
+
 def store_transposed(buffer: Any, target: Any, y: Array, interpret: Any = False) -> None:
     """Writes a sum of products `[out, tokens]` to the card's memory `[tokens, out]`.
 
     Args:
       buffer: on-chip memory `[tokens, out]`.
     """
-    y = y.astype(buffer.dtype)
-    if interpret:
-        buffer[...] = y.T
-    else:
-        buffer.T[...] = plgpu.layout_cast(y, Layout.WGMMA_TRANSPOSED)
+    put_transposed(buffer, y.astype(buffer.dtype), interpret)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(buffer, target)
     plgpu.wait_smem_to_gmem(0)

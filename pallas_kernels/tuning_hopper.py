@@ -81,3 +81,43 @@ def _matmul(
     step = parts * (step_k * (tokens * x_bits + out * bits) // 8 + 12 * out)
     stages = min(6 if few else 3, (SHARED - tokens * out * 4) // step, steps // split)
     return Matmul(tokens, out, step_k, parts, stages, split)
+
+
+class Attention(NamedTuple):
+    """How a program of an attention over a cache walks.
+
+    Attributes:
+      slots: of its tile of keys and values.
+      stages: tiles under way.
+      split: programs that share a sequence and kv head.
+    """
+
+    slots: int
+    stages: int
+    split: int
+
+
+def attention(pairs: int, group: int, slots: int, dim: int, k_bits: int, v_bits: int) -> Attention:
+    """The tile of one query a sequence over a cache.
+
+    A multiprocessor has three programs or more, which cover each other's waits, with two or three
+    tiles of each under way.
+
+    Args:
+      pairs: sequences times kv heads.
+      group: queries of a pair.
+      slots: of the cache.
+      dim: channels of a head.
+      k_bits, v_bits: of an entry as it is stored, 4, 8 or 16.
+
+    Raises:
+      NotImplementedError: more queries than there are registers for their sums.
+    """
+    size, queries = 64, -(-group // 8) * 8
+    if queries * dim > 4096:
+        raise NotImplementedError(f"{group} queries of {dim} channels for a kv head")
+    step = size * dim * (k_bits + v_bits) // 8 + 2 * (4 * size + 128)
+    held = queries * (2 * size + 6 * dim) + (2 * size * dim if v_bits < 16 else 0)
+    stages = max(2, min(3, (SHARED // 3 - 3072 - held) // step))
+    split = max(1, min(3 * PROCESSORS // pairs, -(-slots // size) // 2))
+    return Attention(size, stages, split)

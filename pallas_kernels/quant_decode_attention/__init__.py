@@ -9,6 +9,7 @@ from pallas_kernels.quant_decode_attention import reference
 
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {  # fastest first
     "cpu": ("native",),
+    "gpu": ("mosaic_gpu",),
     "tpu": ("tpu",),
 }
 
