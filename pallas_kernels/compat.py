@@ -18,6 +18,16 @@ def load_with_layout(ref: Any, layout: Any, optimized: bool = True) -> Array:
     return plgpu.load(ref, *index, layout=layout, optimized=optimized)
 
 
+def store_line(ref: Any, values: Array) -> None:
+    """Writes a line of less than 128 bytes to the card's memory, which 0.12 wants to be told."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    if hasattr(plgpu, "store"):  # until 0.11 is dropped
+        plgpu.store(ref, values, optimized=False)
+    else:
+        ref[...] = values
+
+
 def gpu_interpreter(**settings: Any) -> Any:
     """What a kernel for GPUs takes as `interpret`; 0.10 has it, and keeps it to itself."""
     if jax.__version_info__ < (0, 11):

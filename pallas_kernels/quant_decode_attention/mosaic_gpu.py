@@ -30,6 +30,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import hopper
 from pallas_kernels.chips import CHIPS, Chip
+from pallas_kernels.compat import store_line
 from pallas_kernels.hopper import Layout
 from pallas_kernels.packing import pack_rows
 from pallas_kernels.trial import Example
@@ -296,7 +297,11 @@ def _kernel(*refs, names, form, interpret, q_tile, weights, y_tile, barrier, num
     if values.zero:
         sums = sums - of_query(jnp.sum(shift, axis=0), sums.shape)
     for ref in log_ref:
-        ref[pair, split] = top + jnp.log2(total)
+        line = top + jnp.log2(total)
+        if interpret:
+            ref[pair, split] = line
+        else:
+            store_line(ref.at[pair, split], line)
     y = sums * of_query(1.0 / total, sums.shape)
     hopper.store_transposed(y_tile, y_ref.at[pair, split], y, interpret)
 
