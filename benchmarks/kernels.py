@@ -46,6 +46,7 @@ SCHEMES = {  # name → operation, bits of the weight, group (None: a channel), 
     "W4A8": ("quant_matmul_int", 4, 128, 8),
     "W4A4": ("quant_matmul_int", 4, None, 4),
 }
+CACHES = {"KV4": 4, "KV8": 8, "KV16": None}  # name → bits of a code; None: bfloat16
 
 
 class Clock:
@@ -261,7 +262,9 @@ def jobs(chip: Chip, args: argparse.Namespace) -> Iterator[Job]:
                     channels = MODELS[model].products()[name][0]
                     yield kron_job(f"{model} {name} kron int4", channels, tokens, chip)
             if wanted("quant_decode_attention") and tokens <= 64:
-                yield attention_job(f"{model} attention KV4", model, tokens, chip, args.quick)
+                for cache in CACHES:
+                    name = f"{model} attention {cache}"
+                    yield attention_job(name, cache, model, tokens, chip, args.quick)
 
 
 def ours(op: str, chip: Chip) -> str:
@@ -336,35 +339,43 @@ def kron_job(name: str, channels: int, tokens: int, chip: Chip) -> Job:
     return Job(name, tokens, contestants, tokens * channels * 2.5, operations, "bf16")
 
 
-def attention_job(name: str, model: str, batch: int, chip: Chip, quick: bool) -> Job:
-    """One query a sequence over 4,096 slots of 4-bit codes with zero points."""
-    shape, slots = MODELS[model], 512 if quick else 4096
+def attention_job(name: str, cache: str, model: str, batch: int, chip: Chip, quick: bool) -> Job:
+    """One query a sequence over 4,096 slots of codes, those of 4 bits with zero points; or floats.
+
+    The job with floats has XLA's attention over them, to read the others beside.
+    """
+    shape, bits, slots = MODELS[model], CACHES[cache], 512 if quick else 4096
     rows = (batch, shape.n_kv_heads, slots)
     key, dim = jax.random.key(0), shape.head_dim
     q = jax.random.normal(key, (batch, shape.n_kv_heads, shape.group, dim), jnp.bfloat16)
-    stored = packed_rows(dim, 4)
+    stored = packed_rows(dim, bits) if bits else 2 * dim  # bytes
+    grid = (4 if bits else 0) + (bits == 4)
 
     def call(module: str, repeats: int) -> list[float]:
-        static = {"scale": dim**-0.5, "k_bits": 4, "v_bits": 4}
+        static = {"scale": dim**-0.5, "k_bits": bits or 8, "v_bits": bits or 8}
         if module != "reference":
             static |= {"chip": chip, "interpret": False}
         f = functools.partial(implementation("quant_decode_attention", module), **static)
 
         def operands(i: int) -> tuple:
-            k, v = (
-                jax.random.bits(jax.random.fold_in(key, 2 * i + j), (*rows, stored), jnp.uint8)
-                for j in range(2)
-            )
-            scale, zero = jnp.full(rows, 0.1), jnp.zeros(rows, jnp.int8)
+            k, v = (made(jax.random.fold_in(key, 2 * i + j)) for j in range(2))
+            scale = jnp.full(rows, 0.1) if bits else None
+            zero = jnp.zeros(rows, jnp.int8) if bits == 4 else None
             starts, stops = jnp.zeros(batch, jnp.int32), jnp.full(batch, slots, jnp.int32)
             return q, k, v, starts, stops, scale, zero, scale, zero
 
         count = copies(2 * float(np.prod(rows)) * stored, chip)
         return time_calls(f, [operands(i) for i in range(count)], repeats)
 
-    modules = implementations("quant_decode_attention", chip)
-    contestants = {m: functools.partial(call, m) for m in dict.fromkeys((modules[0], "reference"))}
-    moved = 2 * float(np.prod(rows)) * (stored + 5)
+    def made(key: jax.Array) -> jax.Array:
+        if bits:
+            return jax.random.bits(key, (*rows, stored), jnp.uint8)
+        return jax.random.normal(key, (*rows, dim), jnp.bfloat16)
+
+    contestants = {"XLA packed" if bits else "XLA bf16": functools.partial(call, "reference")}
+    if (module := ours("quant_decode_attention", chip)) != "reference":
+        contestants = {module: functools.partial(call, module)} | contestants
+    moved = 2 * float(np.prod(rows)) * (stored + grid)
     operations = 4.0 * np.prod(rows) * shape.group * dim
     return Job(name, batch, contestants, moved, operations, "bf16")
 

@@ -42,3 +42,14 @@ def test_a_wrong_result_and_a_refusal_are_told_apart(monkeypatch):
         row = kernels.check_one("quant_matmul", "native", "m2", CHIPS["cpu"])
         assert row["result"] == result
     assert kernels.summary([row, row]) == [["quant_matmul", "native", 0, 2, 0]]
+
+
+def test_attention_is_timed_over_caches_of_codes_and_of_floats():
+    args = argparse.Namespace(**vars(ARGS) | {"only": ["quant_decode_attention"]})
+    jobs = {job.name.split()[-1]: job for job in kernels.jobs(CHIPS["h100"], args)}
+    assert list(jobs) == ["KV4", "KV8", "KV16"]
+    assert all("mosaic_gpu" in job.contestants for job in jobs.values())
+    assert "XLA bf16" in jobs["KV16"].contestants and "XLA packed" in jobs["KV4"].contestants
+    rows = 2 * 3 * 512  # keys and values of three kv heads
+    assert [job.bytes / rows for job in jobs.values()] == [32 + 5, 64 + 4, 128]
+    assert len(jobs["KV16"].contestants["XLA bf16"](1)) == 1
