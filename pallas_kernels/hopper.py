@@ -98,7 +98,7 @@ def walk(
       groups: of input channels that share a grid.
       x, w: `[tokens, k]` and `[out, k]` in the card's memory.
       rows: `[groups, out]`, of 4 bytes or 1, of which `add` gets the group's line.
-      cols: `[groups, tokens]`, of 4 bytes.
+      cols: `[groups, tokens]`, of 4 bytes, in whole copies.
     """
     steps = w.shape[1] // (tile.k * tile.parts * tile.split)
     per_group = w.shape[1] // (groups * tile.k)
@@ -117,7 +117,8 @@ def walk(
             at = lambda i, size=size: (group(i), place.out * tile.out // size)  # noqa: E731
             yield plgpu.BlockSpec((1, size), at)
         for _ in cols:
-            yield plgpu.BlockSpec((1, long), lambda i: (group(i), place.tokens))
+            first = place.tokens * tile.tokens // long
+            yield plgpu.BlockSpec((1, long), lambda i, first=first: (group(i), first))
 
     def step(_, *tiles_and_total):
         *tiles, total = tiles_and_total
@@ -128,7 +129,8 @@ def walk(
                 line.at[0, pl.ds(place.out * tile.out % size, tile.out)]
                 for line, size in zip(lines, wide, strict=False)
             ]
-            col_lines = [line.at[0, pl.ds(0, tile.tokens)] for line in lines[len(rows) :]]
+            tokens = pl.ds(place.tokens * tile.tokens % long, tile.tokens)
+            col_lines = [line.at[0, tokens] for line in lines[len(rows) :]]
             total = add(total, x_tile, w_tile, row_lines, col_lines)
         plgpu.commit_smem()  # all have read, before a copy writes
         return total

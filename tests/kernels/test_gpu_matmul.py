@@ -130,6 +130,19 @@ def test_the_example_of_a_call_is_of_its_kind_small_and_passes(op):
     assert trial._problem(kernel, getattr(reference, op), example, case.static) is None
 
 
+def test_few_tokens_of_a_second_tile_get_their_own_sums():
+    """A trial has one token more than its tile, and a copy has the sums of several tiles."""
+    module = MODULES["quant_matmul_int"]
+    case = cases.matmul_int(tokens=(9,), k=256, n=128, symmetric=False)
+    tile = module.tile_of(case.args[3], (128, 256), 8)
+    assert tile.tokens == 8
+    case.check(
+        module.quant_matmul_int(
+            *case.args, **case.static, chip=H100, tile=tile, interpret=gpu_interpreter()
+        )
+    )
+
+
 @pytest.mark.parametrize("sizes", [(3, 0, 10, 7), (0, 0), (20,), (8, 8, 4, 0), (1, 0, 0, 1)])
 def test_every_token_gets_a_row_of_its_own_expert(sizes):
     tokens, size = 20, 8
