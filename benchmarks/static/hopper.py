@@ -11,10 +11,13 @@ from pallas_kernels.chips import CHIPS
 from pallas_kernels.grouped_quant_matmul.mosaic_gpu import grouped_quant_matmul
 from pallas_kernels.hadamard.mosaic_gpu import hadamard
 from pallas_kernels.kron_matmul.mosaic_gpu import kron_quantize
+from pallas_kernels.packing import packed_rows
+from pallas_kernels.quant_decode_attention.mosaic_gpu import quant_decode_attention
 from pallas_kernels.quant_matmul.mosaic_gpu import quant_matmul, tile_of
 from pallas_kernels.quant_matmul.prepare_gpu import prepare
 from pallas_kernels.quant_matmul_int import mosaic_gpu as integers
 from pallas_kernels.shapes import MODELS
+from pallas_kernels.tuning_hopper import attention
 from pallas_kernels.weight import Weight, canonical_weight
 
 S = jax.ShapeDtypeStruct
@@ -62,6 +65,36 @@ def entries(chip_name: str) -> Iterator[Entry]:
             yield Entry("kron_quantize", f"{n1}×{n2} to int{bits}", f, arguments)
     f = functools.partial(hadamard, base=None, doublings=12, inner=1, chip=chip)
     yield Entry("kron_matmul", "Hadamard of order 4096", f, (S((2048, 4096), jnp.bfloat16),))
+    for batch in (1, 64):
+        for bits, zero in ((4, True), (8, False), (None, False)):
+            yield _attention(chip_name, batch, 4096, bits, zero)
+
+
+def _attention(chip_name: str, batch: int, slots: int, bits: int | None, zero: bool) -> Entry:
+    """One query a sequence over a cache; `bits` None is one of floats."""
+    model = MODELS["llama-3-8b"]
+    heads, group, dim = model.n_kv_heads, model.group, model.head_dim
+    shape, bounds = (batch, heads, slots), S((batch,), jnp.int32)
+    rows, step, shift = S((*shape, dim), jnp.bfloat16), None, None
+    if bits:
+        rows, step = S((*shape, packed_rows(dim, bits)), jnp.uint8), S(shape, jnp.float32)
+        shift = S(shape, jnp.int8) if zero else None
+    f = functools.partial(
+        quant_decode_attention,
+        scale=dim**-0.5,
+        k_bits=bits or 8,
+        v_bits=bits or 8,
+        chip=CHIPS[chip_name],
+    )
+    tile = attention(batch * heads, group, slots, dim, bits or 16, bits or 16)
+    what = f"{bits}-bit codes{' asymmetric' * zero}" if bits else "bfloat16"
+    case = (
+        f"{what}, {heads} kv heads of {dim}, {batch} sequences of {slots} slots, "
+        f"tile {tile.slots}, {tile.stages} stages, split {tile.split}"
+    )
+    q = S((batch, heads, group, dim), jnp.bfloat16)
+    arguments = (q, rows, rows, bounds, bounds, step, shift, step, shift)
+    return Entry("quant_decode_attention", case, f, arguments)
 
 
 def _weight(
