@@ -64,6 +64,16 @@ def transforms(cols: int, bits: int, most: int = 128) -> tuple:
     return plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)
 
 
+def tiled(w: Array, k: int) -> Array:
+    """A weight `[out, in]` as `walk` takes it in tiles of `k` channels: `[out, in]`, or of 16 bytes
+    `[out, in / k, k]`.
+
+    A copy takes an index of the last axis for one of bytes, also where a byte has two codes. In
+    tiles that are transformed that index is always 0, and here so it is in all others.
+    """
+    return w if transforms(k, width(w)) else w.reshape(len(w), -1, k)
+
+
 class Place(NamedTuple):
     """Which part of the product a program makes.
 
@@ -96,23 +106,30 @@ def walk(
       add: ``(total, x_tile, w_tile, rows_tiles, cols_tiles) → total``.
       total: what to begin with.
       groups: of input channels that share a grid.
-      x, w: `[tokens, k]` and `[out, k]` in the card's memory.
+      x: `[tokens, k]` in the card's memory.
+      w: `[out, k]` there, as `tiled` gives it.
       rows: `[groups, out]`, of 4 bytes or 1, of which `add` gets the group's line.
       cols: `[groups, tokens]`, of 4 bytes, in whole copies.
     """
-    steps = w.shape[1] // (tile.k * tile.parts * tile.split)
-    per_group = w.shape[1] // (groups * tile.k)
+    tiles = x.shape[1] // tile.k
+    steps, per_group = tiles // (tile.parts * tile.split), tiles // groups
     wide = [max(tile.out, LEAST // row.dtype.itemsize) for row in rows]
     long = max(tile.tokens, LEAST // 4)
 
     def specs(part):
         k = lambda i: (place.split * steps + i) * tile.parts + part  # noqa: E731
         group = lambda i: place.first_group + k(i) // per_group  # noqa: E731
-        blocks = [
-            ((tile.tokens, tile.k), lambda i: (place.tokens, k(i)), width(x)),
-            ((tile.out, tile.k), lambda i: (place.first_row + place.out, k(i)), width(w)),
-        ]
-        yield from (plgpu.BlockSpec(b, at, transforms=transforms(b[1], n)) for b, at, n in blocks)
+        row = place.first_row + place.out
+        lies = transforms(tile.k, width(w))
+        yield plgpu.BlockSpec(
+            (tile.tokens, tile.k),
+            lambda i: (place.tokens, k(i)),
+            transforms=transforms(tile.k, width(x)),
+        )
+        if lies:
+            yield plgpu.BlockSpec((tile.out, tile.k), lambda i: (row, k(i)), transforms=lies)
+        else:
+            yield plgpu.BlockSpec((tile.out, None, tile.k), lambda i: (row, k(i), 0))
         for size in wide:
             at = lambda i, size=size: (group(i), place.out * tile.out // size)  # noqa: E731
             yield plgpu.BlockSpec((1, size), at)

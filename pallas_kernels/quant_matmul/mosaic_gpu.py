@@ -85,7 +85,7 @@ def product(
       dtype: of the result; float32 where the tile splits the input channels.
       expert: whose weight each tile of tokens is multiplied by; what −1 gives is undefined.
     """
-    n, k = w.codes.shape[-2:]
+    n = w.codes.shape[-2]
     dtype = jnp.dtype(jnp.float32) if tile.split > 1 else dtype
     flat = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731
     zero = () if w.zero_point is None else (flat(w.zero_point),)
@@ -105,7 +105,7 @@ def product(
         interpret=interpret,
     )
     more = () if expert is None else (expert,)
-    return kernel(x, w.codes.reshape(-1, k), flat(w.scale), *zero, *more)
+    return kernel(x, hopper.tiled(flat(w.codes), tile.k), flat(w.scale), *zero, *more)
 
 
 def _kernel(x_ref, w_ref, scale_ref, *refs, tile, groups, grouped, interpret):
