@@ -133,14 +133,15 @@ def check(
 
     Raises:
       NotImplementedError: queries of 32 bits, rows in another dtype or width, heads that are no
-        multiple of 64, more queries than a tile has columns, nothing to attend to, another chip.
+        multiple of 64, more kv heads than a grid has programs, nothing to attend to, another chip.
     """
     if chip.name not in ("h100", "h200"):
         raise NotImplementedError(f"{chip.name} is no Hopper GPU")
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"queries of {q.dtype}; the tensor core takes 16-bit floats")
     group, dim = q.shape[2:]
-    if dim % 64 or dim > 256 or not group or not (k.size and q.size):
+    most = 65_535  # programs along an axis of the grid that is not the first
+    if dim % 64 or dim > 256 or not (k.size and q.size) or q.shape[0] * q.shape[1] > most:
         raise NotImplementedError(f"{group} queries of {dim} channels, keys {k.shape}")
     for rows, step, bits in ((k, k_scale, k_bits), (v, v_scale, v_bits)):
         if step is not None and bits not in (4, 8):
