@@ -2,8 +2,9 @@
 
 Both get SmolLM2-135M from the same GGUF file; jaxcomp also runs artefacts that this script makes of
 it by rounding, once: W8A8 and W4A8 (per channel and token, in integers) and W4 in groups of 64
-(weights only); E8 has the embedding, which is the head as well, in 8 bits. Each contestant runs in processes of its own, in turns, and in each: load, generate
-once (which compiles), then `--repeats` times. Prefill is timed apart, on a longer prompt.
+(weights only); E8 has the embedding, which is the head as well, in 8 bits. Each contestant runs in
+processes of its own, in turns, and in each: load, generate once (which compiles), then `--repeats`
+times. Prefill is timed apart, on a longer prompt.
 
 Run: python benchmarks/peers/decode.py [--new 128] [--repeats 3] [--rounds 2]
 """
