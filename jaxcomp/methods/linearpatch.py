@@ -161,7 +161,7 @@ class LinearPatch:
             if self.remove is not None:
                 plan, warnings = choose_blocks(NAME, model, calib, self.selection, run)
             model, rows = drop(model, plan.removed), plan_rows(CHOICE, plan, warnings)
-            self._check_cuts(model)
+            self._check_cuts(model, original)
         patches, found = self._fits(model, original, calib, run)
         put = functools.partial(put_patch, self, patches, found)
         inner = dataclasses.replace(run, store=run.store and run.store.part("put"))
@@ -206,13 +206,12 @@ class LinearPatch:
 
     def check(self, model: Decoder) -> None:
         """Raises ValueError where the settings do not fit the model; reads no block."""
-        pruned = model
         if self.remove is not None:
             self.selection.check(model)
         elif self.blocks:
-            pruned = drop(model, self.blocks)
-        if self.remove is None:
-            self._check_cuts(pruned)
+            self._check_cuts(drop(model, self.blocks), model)
+        else:
+            self._check_cuts(model)
         if self.kind == "hadamard" and self.rotation == "hadamard":
             width = model.config.d_model
             if hadamard_base(width) is None:
@@ -231,8 +230,8 @@ class LinearPatch:
                 "the step that quantizes, or use fold=False"
             )
 
-    def _check_cuts(self, model: Decoder) -> None:
-        there = cuts(model)
+    def _check_cuts(self, model: Decoder, original: Decoder | None = None) -> None:
+        there = cuts(model, original)
         if not there:
             raise ValueError(
                 "the model has no cut with a block behind it; remove blocks before the last first, "
@@ -275,7 +274,8 @@ class LinearPatch:
         programs = [*programs, Program(block_step, (block, hidden), passes)]
         patch = jax.eval_shape(lambda: patch_like(self.fitting, model.config.d_model))
         blocks = [block_struct(b) for b in pruned.blocks]
-        for i in cuts(pruned) if not self.folds else ():
+        missing = cuts(pruned, None if pruned is model else model)
+        for i in missing if not self.folds else ():
             blocks[i] = blocks[i].replace(patch=patch)
         result = pruned.replace(blocks=tuple(blocks))
         if self.kind == "scalar" and self.folds:

@@ -196,6 +196,8 @@ def test_the_original_is_asked_for_and_must_be_the_one_that_was_pruned(model):
     twice = drop(pruned, (2,))  # block 3 of the model that was first pruned
     result = LinearPatch("diag")(twice, CALIB, Run(original=pruned))
     assert [r.metrics.get("start") for r in result.rows] == [None, None, 2]
+    alone = LinearPatch("diag", blocks=(2,))(drop(model, (0,)), CALIB)  # 0 was no cut of its own
+    assert alone.model.kept == (1, 2, 4) and patched_at(alone.model) == [2]
 
 
 def test_codes_and_patches_that_are_there_already_are_refused(model):
