@@ -42,13 +42,14 @@ class Comparison:
     Attributes:
       tokens: how many went through both models.
       depth: `median`, `energy` and `local`, each a list of relative squared errors ‖h' − hR‖²/‖h‖²,
-        first of the embedding and then behind every block. `median` and `local` are the medians of
-        single tokens, `energy` is over all tokens at once. `rotated` says whether R is not the
-        identity. A comparison that means nothing is left out and `skipped` says why.
+        first of the embedding and then behind every block of the compressed model, of a pruned one
+        beside the block of the original that it was. `median` and `local` are the medians of single
+        tokens, `energy` is over all tokens at once. `rotated` says whether R is not the identity. A
+        comparison that means nothing is left out and `skipped` says why.
       output: `kl`, the mean KL(original ‖ compressed) of the next token in nats, and `top1`, the
         share of tokens for which both give the same next token the highest probability.
       flatness: `compare_flatness` of some blocks, each entry with its `block`; empty where the
-        models differ in the number of blocks.
+        models differ in the number of blocks and nothing says which are left.
     """
 
     tokens: int
@@ -71,7 +72,9 @@ def compare(
     """
     h, h_new = (embed_batches(model, tokens, len(tokens)) for model in (original, compressed))
     flatness: list[dict[str, Any]] = []
-    if (n := len(original.blocks)) != (m := len(compressed.blocks)):
+    places = _places(original, compressed)
+    if places is None:
+        n, m = len(original.blocks), len(compressed.blocks)
         depth: dict[str, Any] = {"skipped": f"the models have {n} and {m} blocks"}
         h, h_new = run_blocks(original, h), run_blocks(compressed, h_new)
         return Comparison(tokens.size, depth, output_gap(original, compressed, h, h_new), flatness)
@@ -79,23 +82,36 @@ def compare(
     depth = {"skipped": strange} if strange else {"rotated": rotation is not None}
     errors = [] if strange else [_errors(h_new, h, rotation)]
     local = [median for median, _ in errors]
-    pairs = zip(original.blocks, compressed.blocks, strict=True)
-    chosen = {round(i) for i in np.linspace(0, n - 1, BLOCKS)}
-    for i, pair in progress(enumerate(pairs)):
-        old, new = (jax.device_put(load_block(block)) for block in pair)
+    chosen = {round(i) for i in np.linspace(0, len(places) - 1, BLOCKS)}
+    pairs, passed = zip(places, compressed.blocks, strict=True), 0
+    for i, (place, new) in progress(enumerate(pairs)):
+        h = run_blocks(original.replace(blocks=original.blocks[passed:place]), h)
+        passed = place + 1
+        old, new = (jax.device_put(load_block(b)) for b in (original.blocks[place], new))
         if i in chosen:
             flatness += [{"block": i, **site} for site in compare_flatness(old, new, h, h_new)]
         start, h, h_new = h, _step(original, old, h), _step(compressed, new, h_new)
         if not strange:
             errors.append(_errors(h_new, h, rotation))
-            alone = _step(compressed, new, _rotated(start, rotation))
+            bare = new.replace(patch=None)  # its input is the original's own, which needs none
+            alone = _step(compressed, bare, _rotated(start, rotation))
             local.append(_errors(alone, h, rotation)[0])
+    h = run_blocks(original.replace(blocks=original.blocks[passed:]), h)
     if not strange:
         curves = zip(
             ("median", "energy", "local"), (*zip(*errors, strict=True), local), strict=True
         )
         depth |= {name: [float(f"{e:.6g}") for e in curve] for name, curve in curves}
     return Comparison(tokens.size, depth, output_gap(original, compressed, h, h_new), flatness)
+
+
+def _places(original: Decoder, compressed: Decoder) -> tuple[int, ...] | None:
+    """Where the blocks of the compressed model stand in the original; None where nothing says."""
+    n = len(original.blocks)
+    if n == len(compressed.blocks):
+        return tuple(range(n))
+    kept = compressed.kept
+    return kept if kept and original.kept is None and kept[-1] < n else None
 
 
 def residual_rotation(original: Decoder, compressed: Decoder) -> tuple[np.ndarray | None, str]:

@@ -9,9 +9,13 @@ from jaxcomp import artefact
 from jaxcomp.calibrate.comparison import compare, residual_rotation
 from jaxcomp.calibrate.flatness import CURVE, channel_curve
 from jaxcomp.core.quantize import QuantSpec
+from jaxcomp.core.transforms import Diag
 from jaxcomp.methods import RTN
 from jaxcomp.methods.quarot import QuaRot
 from jaxcomp.models.anatomy import anatomy
+from jaxcomp.models.decoder import forward
+from jaxcomp.models.depth import drop
+from jaxcomp.models.patch import Patch
 from tests import tiny
 
 SITES = ["attn_in", "attn_out", "ffn_in", "ffn_mid"]
@@ -131,3 +135,25 @@ def test_the_weight_curve_is_of_the_input_channels_of_all_consumers(model, token
     curve = entry["weight"]["before"]
     assert curve["rms"] == pytest.approx(float(jnp.sqrt(np.mean(norms**2))), rel=1e-3)
     assert curve["channels"][0] == pytest.approx(norms[-1] / curve["rms"], rel=1e-3)
+
+
+def test_a_pruned_model_departs_where_blocks_are_missing_and_is_compared_with_its_own(tokens):
+    model = tiny.model("qwen2", jax.random.key(0), num_hidden_layers=5)
+    pruned = drop(model, (1, 4))
+    found = compare(model, pruned, tokens)
+    median, local = (np.array(found.depth[name]) for name in ("median", "local"))
+    assert len(median) == 4 and (median[:2] == 0).all() and (median[2:] > 1e-3).all()
+    assert (local == 0).all()  # every block that is left is what it was
+    assert found.output["kl"] > 0 and [e["block"] for e in found.flatness[::4]] == [0, 1, 2]
+    expected = np.asarray(jax.nn.log_softmax(forward(model, tokens)), np.float64)
+    other = np.asarray(jax.nn.log_softmax(forward(pruned, tokens)), np.float64)
+    kl = np.mean(np.sum(np.exp(expected) * (expected - other), -1))
+    assert found.output["kl"] == pytest.approx(kl, rel=1e-3)
+    nameless = pruned.replace(kept=None)
+    assert compare(model, nameless, tokens).depth == {"skipped": "the models have 5 and 3 blocks"}
+    ones = Patch((Diag(jnp.full(32, 2.0)),))
+    scaled = pruned.replace(
+        blocks=(pruned.blocks[0], pruned.blocks[1].replace(patch=ones), pruned.blocks[2])
+    )
+    patched = compare(model, scaled, tokens).depth
+    assert (np.array(patched["local"]) == 0).all() and patched["median"] != found.depth["median"]
