@@ -29,7 +29,7 @@ Curves = dict[str, dict[str, dict[int, float]]]  # name → "clip_low", "clip_hi
 def plot_fit(report: Report, path: str | os.PathLike) -> None:
     """Draws what the last step that fitted something reported, as a PNG.
 
-    The rows of such a step hold, for a block: `loss_curve`, `mse_before`, `mse_after`,
+    The rows of such a step hold, for a block or the model: `loss_curve`, `mse_before`, `mse_after`,
     `mse_rounding`, and `clip_low:SITE`, `clip_high:SITE`; for a linear: `clip_low`, `clip_high`.
     All but the first are optional.
 
@@ -60,6 +60,22 @@ def fit_rows(report: Report) -> list[Row]:
     """The rows of the last step in which a block has a loss curve."""
     steps = [row.step for row in report.rows if row.metrics.get("loss_curve")]
     return [row for row in report.rows if steps and row.step == steps[-1]]
+
+
+def whole_model(rows: list[Row]) -> bool:
+    """Whether it was the model that was fitted, and not its blocks one by one."""
+    return any(row.block is None and row.metrics.get("loss_curve") for row in rows)
+
+
+def held_out(rows: list[Row]) -> dict[float, float]:
+    """Losses on text that was not trained on, placed among the records of the loss curve."""
+    for row in rows:
+        if curve := row.metrics.get("held_out_curve"):
+            share = len(row.metrics["loss_curve"]) / max(row.metrics["steps"], 1)
+            steps = row.metrics["held_out_steps"]
+            pairs = zip(steps, curve, strict=True)
+            return {1 + share * step: number(loss) for step, loss in pairs}
+    return {}
 
 
 def site_clips(rows: list[Row]) -> Curves:
@@ -112,10 +128,13 @@ def _draw_losses(axis: Any, rows: list[Row]) -> None:
     for row, colour in zip(fits, shades(DEPTH_AFTER, len(fits)), strict=True):
         losses = [number(loss) for loss in row.metrics["loss_curve"]]
         axis.plot(range(1, len(losses) + 1), losses, color=colour, linewidth=1.2)
+    if held := held_out(rows):
+        axis.plot(list(held), list(held.values()), "o-", color=AFTER, markersize=4, linewidth=0.8)
+        label_ends(axis, [(list(held.values())[-1], "held out", AFTER)])
     axis.set_yscale("log")
     axis.set_title("loss during the fit")
     axis.set_xlabel("record of the loss, in order")
-    axis.set_ylabel("loss of the block")
+    axis.set_ylabel("loss of the model" if whole_model(rows) else "loss of the block")
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(axis="y")
     if len(fits) > 1:

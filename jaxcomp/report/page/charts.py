@@ -157,11 +157,13 @@ def _losses(rows: list[Row]) -> Html:
     curves = {row.block: [number(loss) for loss in row.metrics["loss_curve"]] for row in fits}
     longest = max(map(len, curves.values()))
     every = math.ceil(longest / RECORDS)
-    axes = Axes(count_scale([1, longest]), log_scale(v for c in curves.values() for v in c))
-    lines = []
+    held = fit.held_out(rows)
+    values = [v for c in (*curves.values(), held.values()) for v in c]
+    axes = Axes(count_scale([1, longest]), log_scale(values))
+    lines, whole = [], fit.whole_model(rows)
     for i, (block, losses) in enumerate(curves.items()):
         kept = {n + 1: losses[n] for n in {*range(0, len(losses), every), len(losses) - 1}}
-        told = f"block {block}: loss {span_text(kept, 'record')}"
+        told = f"{'model' if whole else f'block {block}'}: loss {span_text(kept, 'record')}"
         place = f"--t:{100 * i / max(len(curves) - 1, 1):.0f}%"
         lines.append(line(axes, kept, "cool", 1.2, style=place, title=told))
     first, last = (next(iter(curves)), next(reversed(curves)))
@@ -169,9 +171,12 @@ def _losses(rows: list[Row]) -> Html:
         "Loss during the fit",
         axes,
         lines,
+        dots(axes, held, "after", 6) if held else None,
         note=f"one record in {every}" if every > 1 else "",
-        described=f"{len(curves)} blocks",
-        x_name=f"record of the loss; darker from block {first} to block {last}",
+        described="the whole model" if whole else f"{len(curves)} blocks",
+        x_name="record of the loss; dots: text that was not trained on"
+        if whole
+        else f"record of the loss; darker from block {first} to block {last}",
         height=240,
     )
 

@@ -9,7 +9,15 @@ from jaxcomp.report.page.markup import Html, el
 from jaxcomp.report.record import Report, linear_error
 from jaxcomp.report.table import change, duration, four_digits
 
-IN_CHARTS = ("loss_curve", "clip_low", "clip_high", "kl", "bits")  # metrics that are drawn
+IN_CHARTS = (
+    "loss_curve",
+    "held_out_curve",
+    "held_out_steps",
+    "clip_low",
+    "clip_high",
+    "kl",
+    "bits",
+)  # metrics that are drawn
 
 
 def text_of(value: Any) -> str:
