@@ -116,7 +116,7 @@ def distil(
         raise ValueError(f"counts of shape {counts.shape} for windows of shape {tokens.shape}")
     order = fit.order(len(tokens) - fit.validation)
     _check_counts(name, order, counts)
-    with _workplace(run) as work:
+    with workplace(run) as work:
 
         def told(done: int, total: int) -> None:
             if run.progress:
@@ -279,7 +279,8 @@ def _check_counts(name: str, order: np.ndarray, counts: np.ndarray) -> None:
 
 
 @contextlib.contextmanager
-def _workplace(run: Run) -> Iterator[pathlib.Path]:
+def workplace(run: Run) -> Iterator[pathlib.Path]:
+    """A directory for unfinished work: in the store, or gone at the end."""
     if run.store:
         yield run.store.part("fit").path
         return

@@ -138,7 +138,7 @@ def split(cfg: Trainable, model: Decoder, dtype: str) -> tuple[Masters, Decoder]
             block = replace_many(block, dict.fromkeys(trained))
         if trained:
             masters[f"blocks.{i}"] = trained
-        blocks.append(_cast_frozen(block, dtype))
+        blocks.append(cast_frozen(block, dtype))
     ends = model.replace(blocks=())
     if cfg.trains_ends:
         paths = list(named_leaves(ends)) if cfg.kind == "all" else _norms(ends)
@@ -195,7 +195,9 @@ def _with_additions(
     return block, [f"{path}.{factor}" for path in paths for factor in ("a", "b")]
 
 
-def _cast_frozen(block: Block, dtype: str) -> Block:
+def cast_frozen(block: Block, dtype: str) -> Block:
+    """The block with its dense weights in `dtype`; what is trained or quantized is left alone."""
+
     def cast(p: Any) -> Any:
         if not isinstance(p, Linear) or p.w is None or isinstance(p.w, QTensor):
             return p
