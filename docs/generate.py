@@ -76,7 +76,7 @@ def short(value: Any) -> str:
         return repr(value)
     fields = dataclasses.fields(value)
     said = [(f, getattr(value, f.name)) for f in fields]
-    shown = [f"{f.name}={v!r}" for f, v in said if v != f.default or f is fields[0]]
+    shown = [f"{f.name}={short(v)}" for f, v in said if v != f.default or f is fields[0]]
     return f"{type(value).__name__}({', '.join(shown)})"
 
 

@@ -3,6 +3,7 @@
 from jaxcomp.methods.autobits import AutoBits
 from jaxcomp.methods.awq import AWQ
 from jaxcomp.methods.distill import Distill
+from jaxcomp.methods.e3pruner import E3Pruner
 from jaxcomp.methods.flatquant import FlatQuant
 from jaxcomp.methods.gptq import GPTQ
 from jaxcomp.methods.linearpatch import LinearPatch
@@ -24,6 +25,7 @@ METHODS = {
     "AutoBits": AutoBits,  # choose widths under a budget by that, then let a method quantize
     "PruneBlocks": PruneBlocks,  # remove the blocks that are missed least
     "LinearPatch": LinearPatch,  # put a linear map where blocks were removed
+    "E3Pruner": E3Pruner,  # search which blocks go by descent on scores, then distil the rest
 }
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "RTN",
     "AutoBits",
     "Distill",
+    "E3Pruner",
     "FlatQuant",
     "LinearPatch",
     "PruneBlocks",

@@ -16,6 +16,7 @@ import pytest
 from jaxcomp.calibrate import Calibration, Result, Run, StepStore
 from jaxcomp.calibrate.descent import Descent
 from jaxcomp.calibrate.losses import TopKLoss
+from jaxcomp.calibrate.mask_search import MaskSearch
 from jaxcomp.calibrate.plan import check_steps
 from jaxcomp.calibrate.trainable import Trainable
 from jaxcomp.core.linear import Linear
@@ -23,6 +24,7 @@ from jaxcomp.core.quantize import QTensor, QuantSpec
 from jaxcomp.core.store import save_tree
 from jaxcomp.core.tree import get_at, named_leaves, replace_many
 from jaxcomp.methods import GPTQ, METHODS, RTN, AutoBits
+from jaxcomp.methods.e3pruner import Recovery
 from jaxcomp.models.anatomy import anatomy
 from jaxcomp.models.decoder import forward, iter_blocks, load_block, map_blocks
 from jaxcomp.models.families import FAMILIES
@@ -140,6 +142,7 @@ CASES |= {
 }
 # The original is the model itself: what it says is learned already, and little may change.
 LESSON = Descent(batch=2, lr=1e-5, validation=2, every=2)
+RELEARN = Recovery(Trainable("blocks"), fit=LESSON)
 CASES |= {
     "Distill": {
         "additions, then RTN": lambda m, bits: (
@@ -153,6 +156,19 @@ CASES |= {
         "norms of the last block, after its weights are rounded": lambda m, bits: (
             RTN(QuantSpec(bits)),
             m(Trainable("norms", blocks=(1,)), TopKLoss(text=0.1), LESSON, k=8),
+        ),
+    },
+}
+HUNT = MaskSearch(steps=6, batch=2, lr=0.3, init_windows=4, validation=2, every=3, dtype="float32")
+CASES |= {
+    "E3Pruner": {
+        "both stages, then RTN": lambda m, bits: (
+            m(1, search=HUNT, recover=RELEARN, k=8, protect=(0, 0)),
+            RTN(QuantSpec(bits), act=Q8, kv=KV8),
+        ),
+        "the search alone, then GPTQ": lambda m, bits: (
+            m(1, search=HUNT, recover=None, k=8, protect=(0, 0)),
+            GPTQ(QuantSpec(bits)),
         ),
     },
 }
@@ -178,10 +194,11 @@ TRANSFORMS = {
         kind: lambda m, kind=kind: m(kind, remove=1)
         for kind in ("hadamard", "diag", "scalar", "lstsq", "mlp_branch")
     },
+    "E3Pruner": {"alone": lambda m: m(1, search=HUNT, recover=None, protect=(0, 0))},
 }
 # Methods whose cases remove one block, and the steps whose rows are about what they were given.
-DEPTH = ("PruneBlocks", "LinearPatch")
-BEFORE = ("PruneBlocks", "LinearPatch choice")
+DEPTH = ("PruneBlocks", "LinearPatch", "E3Pruner")
+BEFORE = ("PruneBlocks", "LinearPatch choice", "E3Pruner choice")
 # Methods that train the whole model at once.
 WHOLE = ("Distill",)
 # method → the parts of the model outside the blocks that it changes, in function-preserving ways.
@@ -215,6 +232,7 @@ CI_CASES = (
     "Distill/additions, then RTN",
     "PruneBlocks/by influence, then RTN",
     "LinearPatch/hadamard, then RTN",
+    "E3Pruner/both stages, then RTN",
 )
 GRID = [
     pytest.param(
