@@ -24,6 +24,7 @@ _NAMES = {
     "FAMILIES": "jaxcomp.models.families",
     "EVALS": "jaxcomp.evals",
     "FlatQuant": "jaxcomp.methods",
+    "FuseGPT": "jaxcomp.methods",
     "GPTQ": "jaxcomp.methods",
     "LinearPatch": "jaxcomp.methods",
     "METHODS": "jaxcomp.methods",

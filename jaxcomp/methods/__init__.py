@@ -5,6 +5,7 @@ from jaxcomp.methods.awq import AWQ
 from jaxcomp.methods.distill import Distill
 from jaxcomp.methods.e3pruner import E3Pruner
 from jaxcomp.methods.flatquant import FlatQuant
+from jaxcomp.methods.fusegpt import FuseGPT
 from jaxcomp.methods.gptq import GPTQ
 from jaxcomp.methods.linearpatch import LinearPatch
 from jaxcomp.methods.prune_blocks import PruneBlocks
@@ -26,6 +27,7 @@ METHODS = {
     "PruneBlocks": PruneBlocks,  # remove the blocks that are missed least
     "LinearPatch": LinearPatch,  # put a linear map where blocks were removed
     "E3Pruner": E3Pruner,  # search which blocks go by descent on scores, then distil the rest
+    "FuseGPT": FuseGPT,  # remove blocks one by one, fuse their weights into their neighbours
 }
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "Distill",
     "E3Pruner",
     "FlatQuant",
+    "FuseGPT",
     "LinearPatch",
     "PruneBlocks",
     "QuaRot",

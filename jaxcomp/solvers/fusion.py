@@ -59,7 +59,7 @@ def init_lora(
 def coefficient(parts: dict[str, Array]) -> Float[Array, "*shape"]:
     """C, or what broadcasts to it."""
     if "up" in parts:
-        return parts["down"] @ parts["up"]
+        return _product(parts["down"], parts["up"])
     return parts["row"] if "row" in parts else parts["full"]
 
 
@@ -73,7 +73,7 @@ def fused(
     w = w.astype(jnp.float32)
     if parts is not None:
         w = w + coefficient(parts) * donor.astype(jnp.float32)
-    return w if lora is None else w + lora["a"] @ lora["b"]
+    return w if lora is None else w + _product(lora["a"], lora["b"])
 
 
 def group_loss(
@@ -111,6 +111,10 @@ def batch_kl(found: States, target: States) -> Float[Array, ""]:
     """
     p, q = jax.nn.log_softmax(target, axis=0), jax.nn.log_softmax(found, axis=0)
     return jnp.sum(jnp.exp(p) * (p - q)) / len(target)
+
+
+def _product(a: Float[Array, "m r"], b: Float[Array, "r n"]) -> Float[Array, "m n"]:
+    return jnp.matmul(a, b, precision="highest")  # sums of weights, not of activations
 
 
 def _uniform(

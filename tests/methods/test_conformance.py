@@ -172,6 +172,18 @@ CASES |= {
         ),
     },
 }
+CASES |= {
+    "FuseGPT": {
+        "then RTN": lambda m, bits: (
+            m(1, rank=4, lora_rank=4, batch=4, epochs=2),
+            RTN(QuantSpec(bits), act=Q8, kv=KV8),
+        ),
+        "LoRA alone, then GPTQ": lambda m, bits: (
+            m(1, control="lora", lora_rank=4, batch=4, epochs=2),
+            GPTQ(QuantSpec(bits)),
+        ),
+    },
+}
 # method → setting → the method with all quantization off: the model computes what it did.
 TRANSFORMS = {
     "QuaRot": {
@@ -195,10 +207,16 @@ TRANSFORMS = {
         for kind in ("hadamard", "diag", "scalar", "lstsq", "mlp_branch")
     },
     "E3Pruner": {"alone": lambda m: m(1, search=HUNT, recover=None, protect=(0, 0))},
+    "FuseGPT": {
+        kind: lambda m, kind=kind: m(
+            1, coefficient=kind, rank=4, lora_rank=4, batch=4, epochs=1, group_size=3
+        )
+        for kind in ("low_rank", "row", "full")
+    },
 }
 # Methods whose cases remove one block, and the steps whose rows are about what they were given.
-DEPTH = ("PruneBlocks", "LinearPatch", "E3Pruner")
-BEFORE = ("PruneBlocks", "LinearPatch choice", "E3Pruner choice")
+DEPTH = ("PruneBlocks", "LinearPatch", "E3Pruner", "FuseGPT")
+BEFORE = ("PruneBlocks", "LinearPatch choice", "E3Pruner choice", "FuseGPT")
 # Methods that train the whole model at once.
 WHOLE = ("Distill",)
 # method → the parts of the model outside the blocks that it changes, in function-preserving ways.
@@ -233,6 +251,7 @@ CI_CASES = (
     "PruneBlocks/by influence, then RTN",
     "LinearPatch/hadamard, then RTN",
     "E3Pruner/both stages, then RTN",
+    "FuseGPT/then RTN",
 )
 GRID = [
     pytest.param(
