@@ -8,19 +8,26 @@ import rich.console
 
 from jaxcomp.calibrate.stream import write_whole
 from jaxcomp.report.depth import has_depth, plot_depths
+from jaxcomp.studies.curves import plot_curves
 from jaxcomp.studies.plot import plot_study
-from jaxcomp.studies.results import Line, Number, choose_numbers, make_line
+from jaxcomp.studies.results import Line, Number, choose_numbers, make_line, with_retained
 from jaxcomp.studies.table import markdown, notes_of, result_table, value_text
 
 
 def lines_of(result: dict[str, Any]) -> tuple[list[Line], list[Number]]:
     """The lines of a study's table, the model itself first, and the numbers that it shows."""
     itself = result["model_itself"]
-    numbers = choose_numbers(result["show"], itself["evals"])
+    base = itself["evals"]
+    numbers = choose_numbers(result["show"], with_retained(base, base))
     name = "quantized model" if itself["sizes"]["quantized_weights"] else "dense"
-    first = make_line(name, [{"evals": itself["evals"], "sizes": itself["sizes"]}])
+    first = make_line(name, [{"evals": with_retained(base, base), "sizes": itself["sizes"]}])
+
+    def runs(row: dict[str, Any]) -> list[dict[str, Any]]:
+        whole = lambda run: run | {"evals": with_retained(run["evals"], base)}  # noqa: E731
+        return [whole(run) if "evals" in run else run for run in row["runs"]]
+
     rows = [
-        make_line(row["name"], row["runs"], group=row["group"], labels=row["labels"])
+        make_line(row["name"], runs(row), group=row["group"], labels=row["labels"])
         for row in result["rows"]
     ]
     return [first, *rows], numbers
@@ -37,15 +44,17 @@ def print_study(result: dict[str, Any], console: rich.console.Console) -> None:
 
 def headline(run: dict[str, Any], result: dict[str, Any]) -> str:
     """The chosen numbers of a finished run, on one line."""
-    line = make_line("", [run])
-    numbers = choose_numbers(result["show"], result["model_itself"]["evals"])
+    base = result["model_itself"]["evals"]
+    line = make_line("", [run | {"evals": with_retained(run["evals"], base)}])
+    numbers = choose_numbers(result["show"], with_retained(base, base))
     return ", ".join(
         f"{n.heading} {value_text(line.values[n])}" for n in numbers if n in line.values
     )
 
 
 def write_study(out: pathlib.Path, result: dict[str, Any]) -> None:
-    """Writes study.json, study.md, study.png and, where errors along depth are known, depth.png."""
+    """Writes study.json, study.md and study.png; depth.png where errors along depth are known, and
+    curves.png where the study goes along a label."""
     lines, numbers = lines_of(result)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "study.json", json.dumps(result, indent=1) + "\n")
@@ -54,6 +63,8 @@ def write_study(out: pathlib.Path, result: dict[str, Any]) -> None:
     parts += [_circumstances(result)]
     write_text(out / "study.md", "\n\n".join(filter(None, parts)) + "\n")
     plot_study(lines, numbers, out / "study.png", _title(result))
+    if along := result.get("along"):
+        plot_curves(lines, numbers, along, out / "curves.png", _title(result))
     depths = {row["name"]: row["runs"][0].get("depth", {}) for row in result["rows"]}
     if any(map(has_depth, depths.values())):
         plot_depths(depths, out / "depth.png")

@@ -68,7 +68,7 @@ def _draw_number(
     axis.tick_params(axis="y", length=0)
     axis.spines["left"].set_visible(False)
     if log:
-        _plain_ticks(axis)
+        plain_ticks(axis.xaxis)
 
 
 def _draw_line(
@@ -114,12 +114,12 @@ def _limits(values: list[float], log: bool) -> tuple[float, float]:
     return low - room, high + room
 
 
-def _plain_ticks(axis: Any) -> None:
-    """Numbers such as 20, 50, 100 on a logarithmic axis, as many as fit."""
+def plain_ticks(axis: Any) -> None:
+    """Numbers such as 20, 50, 100 on a logarithmic x or y axis, as many as fit."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    low, high = axis.get_xlim()
+    low, high = axis.get_view_interval()
     steps = (1, 2, 3, 5) if high / low < 20 else (1, 3) if high / low < 3000 else (1,)
-    axis.xaxis.set_major_locator(LogLocator(subs=steps))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: number_text(float(x))))
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: number_text(float(x))))
+    axis.set_minor_formatter(NullFormatter())

@@ -11,6 +11,9 @@ from jaxcomp.report import Report, step_seconds
 Evals = Mapping[str, Mapping[str, Any]]  # name of the evaluation → name of the number → number
 
 
+RETAINED = "retained"  # what the share of the tasks' accuracies is called
+
+
 class Number(NamedTuple):
     """Which number of which evaluation."""
 
@@ -47,6 +50,20 @@ class Line:
     peak_bytes: int | None = None
     note: str = ""
     failed: bool = False
+
+
+def with_retained(evals: Evals, itself: Evals) -> Evals:
+    """The numbers and, where there are multiple-choice tasks, what is retained of them.
+
+    That is the mean over tasks of accuracy over the accuracy of the model itself, and not the ratio
+    of the means, in which easy tasks would weigh more.
+    """
+    ratios = [
+        float(numbers["accuracy"]) / float(itself[name]["accuracy"])
+        for name, numbers in evals.items()
+        if "accuracy" in numbers and itself.get(name, {}).get("accuracy")
+    ]
+    return dict(evals) | ({RETAINED: {RETAINED: statistics.fmean(ratios)}} if ratios else {})
 
 
 def choose_numbers(show: Iterable[str], evals: Evals) -> list[Number]:

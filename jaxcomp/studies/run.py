@@ -31,7 +31,7 @@ from jaxcomp.recipe import Recipe, fingerprint, recipe_to_json
 from jaxcomp.report import environment, from_json, sizes
 from jaxcomp.studies.grid import PlannedRun, check_place, one_line, open_model, planned_runs
 from jaxcomp.studies.output import headline, print_study, write_study, write_text
-from jaxcomp.studies.results import choose_numbers, facts_of, named_now
+from jaxcomp.studies.results import choose_numbers, facts_of, named_now, with_retained
 from jaxcomp.studies.study import Study, chosen
 
 KEPT = ("report.json", "report.html", "recipe.json")  # of a dropped artefact; pictures as well
@@ -150,7 +150,7 @@ def _record(
     """The part of study.json that does not depend on the rows."""
     started = datetime.datetime.now().astimezone()
     before = _before(study, loaded, out, console)
-    numbers = choose_numbers(study.show, before["evals"])
+    numbers = choose_numbers(study.show, with_retained(before["evals"], before["evals"]))
     return {
         "title": study.title,
         "model": study.model,
@@ -161,6 +161,7 @@ def _record(
         "compute_dtype": study.compute_dtype,
         "evals": recipe_to_json(Recipe(evals=study.evals))["evals"],
         "show": [f"{n.evaluation}: {n.key}" for n in numbers],
+        "along": study.along,
         "model_itself": before,
     }
 

@@ -9,6 +9,7 @@ Written as a short Python file with a function `study()`. How it is run is in `s
 
 import dataclasses
 import difflib
+import math
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -74,6 +75,8 @@ class Study:
         "perplexity wiki_eval @1024: nll"; () is the first number of every evaluation.
       compute_dtype: of activations and products.
       keep_artefacts: keep the compressed models too, not only their reports.
+      along: a label of the rows whose values are numbers, such as how many blocks were removed; a
+        second picture shows what was found along it, a curve for each group.
     """
 
     model: str
@@ -83,6 +86,7 @@ class Study:
     show: tuple[str, ...] = ()
     compute_dtype: str = "float32"
     keep_artefacts: bool = False
+    along: str = ""
 
     def __post_init__(self):
         if isinstance(self.rows, Mapping):
@@ -97,6 +101,14 @@ class Study:
         names = [row.name for row in rows]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"two rows are called {twice[0]!r}; give each a name of its own")
+        if self.along and not any(self.along in row.labels for row in rows):
+            raise ValueError(f"along={self.along!r} is a label of no row")
+        for row in rows:
+            if self.along in row.labels and not _is_number(row.labels[self.along]):
+                raise ValueError(
+                    f"row {row.name!r} has {row.labels[self.along]!r} for {self.along!r}, and what "
+                    "a study goes along are numbers"
+                )
         if not self.evals:
             raise ValueError("evals=() measures nothing; give at least one, as (Perplexity(),)")
         alike = [
@@ -165,6 +177,13 @@ def chosen(study: Study, only: Iterable[str]) -> tuple[StudyRow, ...]:
             guess = f"; did you mean {near[0]!r}?" if near else "."
             raise ValueError(f"there is no row {name!r}{guess} The rows are: {', '.join(names)}")
     return tuple(row for row in study.rows if not only or row.name in only)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _reach(holder: Any, words: list[str]) -> int:

@@ -4,7 +4,8 @@ from jaxcomp.evals import Cost, Perplexity
 from jaxcomp.recipe import Recipe, recipe_to_json
 from jaxcomp.report import Report, to_json
 from jaxcomp.studies import compare_reports
-from jaxcomp.studies.results import named_now
+from jaxcomp.studies.curves import curve, plot_curves
+from jaxcomp.studies.results import Line, Number, choose_numbers, named_now, with_retained
 
 SHORT, LONG = Perplexity("a.txt", tokens=99), Perplexity("a.txt", tokens=99, through_cache=8)
 
@@ -43,3 +44,29 @@ def test_an_old_report_and_a_new_one_share_a_column(tmp_path):
     lines, numbers, _ = compare_reports([tmp_path / "old.json", tmp_path / "new.json"])
     assert len(numbers) == 1 and len(lines) == 3
     assert all(line.values[numbers[0]] == (9.0,) for line in lines)
+
+
+def test_what_is_retained_is_the_mean_of_the_ratios():
+    itself = {"choice a": {"accuracy": 0.8}, "choice b": {"accuracy": 0.2}, "cost": {"bytes": 1}}
+    found = {"choice a": {"accuracy": 0.4}, "choice b": {"accuracy": 0.2}, "cost": {"bytes": 1}}
+    assert with_retained(found, itself)["retained"] == {"retained": 0.75}  # not 0.6 / 1.0
+    assert with_retained(itself, itself)["retained"] == {"retained": 1.0}
+    assert with_retained({"cost": {"bytes": 1}}, itself) == {"cost": {"bytes": 1}}
+    assert choose_numbers(("retained",), with_retained(itself, itself))[0].heading == "retained"
+
+
+def test_curves_go_along_the_numbers_of_a_label(tmp_path):
+    loss, speed = Number("perplexity", "perplexity"), Number("cost", "tokens_per_s")
+
+    def line(name, group, removed, *values):
+        labels = {} if removed is None else {"removed": removed}
+        values = {n: (v,) for n, v in zip((loss, speed), values, strict=False)}
+        return Line(name, group, labels, values)
+
+    lines = [line("dense", "", None, 20.0, 30.0), line("no label", "a", None, 1.0, 1.0)]
+    lines += [line(f"a{n}", "a", n, 20.0 * 2 ** float(n), 30.0) for n in ("3", "10", "5")]
+    lines += [line("b", "b", "3", float("inf"), 31.0), line("failed", "b", "5")]
+    found = curve([line for line in lines if "removed" in line.labels], "a", loss, "removed")
+    assert [x for x, _ in found] == [3, 5, 10]
+    plot_curves(lines, [loss, speed], "removed", tmp_path / "curves.png", "two panels")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,63 @@
+"""The second picture of a study: what was found along a label that is a number."""
+
+import math
+import os
+from typing import Any
+
+from jaxcomp.report.style import COLOURS, QUIET, label_ends, picture
+from jaxcomp.studies.plot import FAR, LOG_FROM, plain_ticks
+from jaxcomp.studies.results import Line, Number, spread
+
+
+def plot_curves(
+    lines: list[Line], numbers: list[Number], along: str, path: str | os.PathLike, title: str
+) -> None:
+    """Draws a panel a number as a PNG; a curve is the lines of one group, in order of the label.
+
+    Args:
+      lines: the first is the model itself, a dashed line; those without the label are left out.
+      along: the label.
+    """
+    itself, rows = lines[0], [line for line in lines[1:] if along in line.labels]
+    groups = list(dict.fromkeys(line.group for line in rows))
+    with picture(path, 4.9 * len(numbers), 4.2) as figure:
+        axes = figure.subplots(1, len(numbers), squeeze=False)[0]
+        for axis, number in zip(axes, numbers, strict=True):
+            curves = {group: curve(rows, group, number, along) for group in groups}
+            _draw(axis, number, itself, curves)
+            axis.set_xlabel(along)
+        figure.suptitle(title, x=0.01, ha="left", size=12)
+
+
+def curve(rows: list[Line], group: str, number: Number, along: str) -> list[tuple[float, float]]:
+    """The points of a group; of several lines at one place each is a point."""
+    found = [line for line in rows if line.group == group and line.values.get(number)]
+    return sorted((float(line.labels[along]), spread(line.values[number])[0]) for line in found)
+
+
+def _draw(
+    axis: Any, number: Number, itself: Line, curves: dict[str, list[tuple[float, float]]]
+) -> None:
+    (base,) = itself.values.get(number, (math.nan,))
+    far = lambda y: not math.isfinite(y) or (math.isfinite(base) and y > FAR * base > 0)  # noqa: E731
+    shown = {group: [p for p in points if not far(p[1])] for group, points in curves.items()}
+    heights = [y for points in shown.values() for _, y in points]
+    heights += [base] if math.isfinite(base) else []
+    if heights and min(heights) > 0 and max(heights) / min(heights) > LOG_FROM:
+        axis.set_yscale("log")
+    colours = dict(zip(shown, (COLOURS[i % len(COLOURS)] for i in range(len(shown))), strict=True))
+    for group, points in shown.items():
+        if points:
+            axis.plot(*zip(*points, strict=True), "o-", color=colours[group], markersize=5)
+    if math.isfinite(base):
+        axis.axhline(base, color=QUIET, linewidth=1.2, linestyle=(0, (4, 3)))
+    if axis.get_yscale() == "log":
+        plain_ticks(axis.yaxis)
+    places = sorted({x for points in shown.values() for x, _ in points})
+    if 0 < len(places) <= 12:
+        axis.set_xticks(places, [f"{x:g}" for x in places])
+    axis.grid(axis="y")
+    axis.set_title(number.heading)
+    axis.figure.canvas.draw()  # limits and sizes are final
+    ends = [(points[-1][1], group, colours[group]) for group, points in shown.items() if points]
+    label_ends(axis, [*ends, *([(base, itself.name, QUIET)] if math.isfinite(base) else [])])
