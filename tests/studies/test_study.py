@@ -195,7 +195,10 @@ def test_artefacts_are_kept_where_the_study_says_so(study, tmp_path):
         (dict(evals=()), "evals=.* measures nothing"),
         (dict(show=("taste",)), "'taste', which no evaluation gives; there is: .*: perplexity"),
         (dict(along="removed"), "along='removed' is a label of no row"),
-        (dict(along="data"), "row 'RTN' has '–' for 'data', and what a study goes along are numbers"),
+        (
+            dict(along="data"),
+            "row 'RTN' has '–' for 'data', and what a study goes along are numbers",
+        ),
     ],
 )
 def test_a_study_that_makes_no_sense_is_refused(change, message, study, tmp_path):
