@@ -230,9 +230,10 @@ def update(
 def optimiser(fit: Descent, steps: int) -> optax.GradientTransformation:
     """AdamW with a warm-up, a cosine and a limit on the gradient's norm."""
     rise = int(fit.warmup * steps)
-    fall = optax.cosine_decay_schedule(fit.lr, max(steps - rise, 1), fit.floor)
-    grow = optax.linear_schedule(fit.lr / (rise + 1), fit.lr, rise)
-    rate = optax.join_schedules([grow, fall], [rise]) if rise else fall
+    rate = optax.cosine_decay_schedule(fit.lr, max(steps - rise, 1), fit.floor)
+    if rise:
+        grow = optax.linear_schedule(fit.lr / (rise + 1), fit.lr, rise)
+        rate = optax.join_schedules([grow, rate], [rise])
     matrices = lambda masters: jax.tree.map(lambda a: a.ndim > 1, masters)  # noqa: E731
     return optax.chain(
         optax.identity() if fit.clip is None else optax.clip_by_global_norm(fit.clip),

@@ -29,6 +29,7 @@ from jaxcomp.models.decoder import block_forward, forward
 from jaxcomp.models.head import open_head
 from jaxcomp.models.layers import embed_tokens
 from jaxcomp.models.patch import Patch
+from jaxcomp.parallel import data_mesh
 from tests import tiny
 
 K = 8
@@ -249,6 +250,9 @@ def test_a_teacher_that_is_absent_or_speaks_other_words_is_refused(teacher):
         taught(None, teacher)
     with pytest.raises(ValueError, match="320 words and the teacher's 400"):
         taught(tiny.model("qwen2", jax.random.key(0), vocab_size=400), teacher)
+    with pytest.raises(ValueError, match="one device"):
+        how = dict(train=Trainable("norms"), loss=TopKLoss(), fit=FIT, k=K)
+        distil("Distill", teacher, CALIB, Run(mesh=data_mesh(), original=teacher), **how)
 
 
 def test_quantized_weights_do_not_move_but_their_norms_may(teacher):
