@@ -1,5 +1,8 @@
 """Five of SmolLM2's thirty blocks removed: who chooses, and what a patch mends; nothing is trained.
 
+Of the first rows, on half of the text: by influence 35.70, with least-squares maps 28.67; dense
+18.62 (2026-11-26, 2 CPU cores, jax 0.10.2; the command below with calib.samples=8).
+
 Run: jaxcomp study configs/studies/block_removal.py --out OUT
 """
 
