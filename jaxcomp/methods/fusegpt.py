@@ -32,14 +32,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp.calibrate.fusion import (
-    Dtype,
-    Fusion,
-    fit_group,
-    fit_programs,
-    group_states,
-    states_before,
-)
+from jaxcomp.calibrate.fusion import Dtype, Fusion
+from jaxcomp.calibrate.group_fit import fit_group, fit_programs, group_states, states_before
 from jaxcomp.calibrate.importance import Selection, plan_selection
 from jaxcomp.calibrate.plan import ModelPlan, Program, tree_bytes
 from jaxcomp.calibrate.removal import Tick, influences

@@ -7,15 +7,11 @@ import numpy as np
 import pytest
 
 from jaxcomp.calibrate import Calibration
-from jaxcomp.calibrate.fusion import (
-    Fusion,
-    attach,
+from jaxcomp.calibrate.fusion import Fusion, attach, check_matching, folded_block, fused_block
+from jaxcomp.calibrate.group_fit import (
     backward_fused,
-    check_matching,
     fit_group,
-    folded_block,
     forward_fused,
-    fused_block,
     group_states,
     loss_and_gradients,
 )

@@ -112,6 +112,38 @@ def test_a_program_compiles_once_for_all_blocks_on_a_mesh_too(one_process):
         assert max(counts.values()) == 1
 
 
+FUSE = """
+import jax, numpy as np
+from jaxcomp.calibrate import Calibration, Run
+from jaxcomp.calibrate.group_fit import PROGRAMS
+from jaxcomp.core.tree import named_leaves
+from jaxcomp.methods import FuseGPT
+from jaxcomp.parallel import data_mesh
+from tests import tiny
+
+model = tiny.model("qwen2", jax.random.key(0), num_hidden_layers=3)
+calib = Calibration(np.asarray(tiny.tokens(jax.random.key(1), 8, 12)), batch=4)
+step = FuseGPT(1, rank=4, lora_rank=4, batch=4, epochs=2, lr=1e-2, lora_lr=1e-3)
+alone = step(model, calib)
+for program in PROGRAMS:
+    program.clear_cache()
+mesh = step(model, calib, Run(mesh=data_mesh()))
+assert mesh.model.kept == alone.model.kept
+expected = named_leaves(alone.model.blocks)
+for name, leaf in named_leaves(mesh.model.blocks).items():
+    np.testing.assert_allclose(leaf, expected[name], atol=2e-5, err_msg=name)
+assert [program._cache_size() for program in PROGRAMS] == [1] * len(PROGRAMS)
+"""
+
+
+@pytest.mark.slow
+def test_a_group_is_fused_on_two_devices_as_on_one():
+    flags = f"{QUICK} --xla_force_host_platform_device_count=2"
+    env = os.environ | dict(XLA_FLAGS=flags, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT))
+    command = [sys.executable, "-c", FUSE]
+    wait(subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True))
+
+
 def model_and_calibration(samples=8, batch=4):
     tokens = np.asarray(tiny.tokens(jax.random.key(1), samples, 16))
     return tiny.model("llama", jax.random.key(0)), Calibration(tokens, batch)
