@@ -19,7 +19,7 @@ from jaxcomp import (
 
 
 def recipe() -> Recipe:
-    search = MaskSearch(steps=120, lr=0.1, init_windows=16, windows=128, validation=8)
+    search = MaskSearch(steps=120, lr=0.03, init_windows=8, windows=128, validation=8)
     recover = Recovery(Trainable("blocks"), fit=Descent(lr=3e-4, validation=8))
     return Recipe(
         steps=(E3Pruner(5, search=search, recover=recover),),
