@@ -33,10 +33,10 @@ from pallas_kernels.chips import Chip, default_chip
 from pallas_kernels.packing import packed_rows
 from pallas_kernels.prepare import prepare
 from pallas_kernels.shapes import MODELS, TOKENS
-from pallas_kernels.weight import Weight
+from pallas_kernels.weight import Weight, codes_of
 from tests.kernels import cases
 
-PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "torch", "qwix")
+PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "torch", "qwix", "tokamax")
 OVERFLOW = 160e6  # bytes of weights a program reads: three times the largest cache of a GPU
 MODULE = {"kron_quantize": "kron_matmul"}  # operations in the package of another
 SCHEMES = {  # name → operation, bits of the weight, group (None: a channel), bits of activations
@@ -296,6 +296,11 @@ def product_job(name: str, scheme: str, shape: tuple[int, int], tokens: int, chi
         scale = jnp.ones((tokens, 1))
         return time_calls(f, [(codes, scale, None, w(i)) for i in range(count)], repeats)
 
+    def peer(product: Callable, repeats: int) -> list[float]:
+        """A product of the package qwix or tokamax, on the same codes in their array."""
+        f, count = product(), copies(k * n * bits / 8, chip)
+        return time_calls(f, [(x, as_qarray(weight(i))) for i in range(count)], repeats)
+
     def dense(repeats: int) -> list[float]:
         count = copies(2 * k * n, chip)
         draw = lambda i: jax.random.normal(jax.random.fold_in(key, i), (k, n), jnp.bfloat16)  # noqa: E731
@@ -308,9 +313,12 @@ def product_job(name: str, scheme: str, shape: tuple[int, int], tokens: int, chi
     if (module := ours(op, chip)) != "reference":
         fast = functools.partial(call, module, lambda i: form(weight(i)))
         contestants = {module: fast} | contestants
+    if op == "quant_matmul":
+        contestants["qwix"] = functools.partial(peer, qwix_product)
+        contestants["tokamax"] = functools.partial(peer, tokamax_product)
     if scheme == "W4A16":  # once a shape
-        peer = functools.partial(time_torch, tokens, k, n, False)
-        contestants |= {"XLA bf16": dense, "torch bf16": peer}
+        torch_bf16 = functools.partial(time_torch, tokens, k, n, False)
+        contestants |= {"XLA bf16": dense, "torch bf16": torch_bf16}
     if scheme == "W8A8":
         contestants["torch int8"] = functools.partial(time_torch, tokens, k, n, True)
     moved = k * n * bits / 8 + groups * n * 4 + tokens * (k * x_bits / 8 + 2 * n)
@@ -378,6 +386,37 @@ def attention_job(name: str, cache: str, model: str, batch: int, chip: Chip, qui
     moved = 2 * float(np.prod(rows)) * (stored + grid)
     operations = 4.0 * np.prod(rows) * shape.group * dim
     return Job(name, batch, contestants, moved, operations, "bf16")
+
+
+def as_qarray(w: Weight) -> Any:
+    """The weight as qwix and tokamax take it: codes in int4 or int8."""
+    from qwix import QArray
+
+    dtype = jnp.int4 if w.bits == 4 else jnp.int8
+    return QArray(jax.jit(codes_of)(w).astype(dtype), w.scale, None, dtype)
+
+
+def qwix_product() -> Callable:
+    """`x @ w` by qwix."""
+    try:
+        import qwix
+    except ImportError:
+        raise NotImplementedError("qwix is not installed") from None
+    return lambda x, w: qwix.dot(x, w).astype(x.dtype)
+
+
+def tokamax_product() -> Callable:
+    """`x @ w` by tokamax, whose product with codes is one of ragged groups: here of one."""
+    try:
+        import tokamax
+    except ImportError:
+        raise NotImplementedError("tokamax is not installed") from None
+
+    def f(x: jax.Array, w: Any) -> jax.Array:
+        one = jax.tree.map(lambda a: a[None], w)
+        return tokamax.ragged_dot(x, one, jnp.full(1, len(x), jnp.int32)).astype(x.dtype)
+
+    return f
 
 
 def time_torch(tokens: int, k: int, n: int, int8: bool, repeats: int) -> list[float]:
