@@ -137,6 +137,7 @@ def test_transforms_are_only_where_something_is_quantized(scheme, sites):
     assert set(factor_shapes(block_of("qwen2"), setting_of(scheme), {})) == sites
 
 
+@pytest.mark.slow
 def test_every_parameter_gets_a_gradient_and_the_transform_is_where_the_docs_say():
     block, setting = block_of("qwen2"), setting_of()
     params = params_of(block, setting, init="haar")

@@ -237,6 +237,7 @@ REFUSALS |= {
 
 # Tied with biases; windowed with a wide head; norms on queries and keys. The rest is slow.
 CI_FAMILIES = ("qwen2", "mistral", "qwen3")
+FITS = ("FlatQuant", "Distill", "E3Pruner", "FuseGPT", "AutoBits")  # on the first of them alone
 CI_CASES = (
     "RTN/per-channel",
     "RTN/with activations and cache",
@@ -260,7 +261,8 @@ GRID = [
         setting,
         id=f"{family}-{method}-{setting}",
         marks=()
-        if family in CI_FAMILIES and f"{method}/{setting}" in CI_CASES
+        if family in (CI_FAMILIES[:1] if method in FITS else CI_FAMILIES)
+        and f"{method}/{setting}" in CI_CASES
         else pytest.mark.slow,
     )
     for family in FAMILIES
