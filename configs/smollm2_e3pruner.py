@@ -4,6 +4,7 @@ The settings are for two CPU cores: short windows, few steps at high rates. The 
 half a billion tokens; this one reads 131,072.
 
 Run: jaxcomp compress demo:smollm2 configs/smollm2_e3pruner.py --out OUT
+Ours: not run yet.
 """
 
 from jaxcomp import (

@@ -144,7 +144,9 @@ def take_columns(w: Weight, ids: Int[Array, "*ids"]) -> Float[Array, "*ids in_ch
     else:
         codes, layout = jnp.take(w.codes, at, axis=-1), w.layout
     scale, zero = pick(w.scale), pick(w.zero_point)
-    few = w.replace(codes=codes, scale=scale, zero_point=zero, out_ch=len(at), layout=layout)
+    few = w.replace(
+        codes=codes, scale=scale, zero_point=zero, sums=None, out_ch=len(at), layout=layout
+    )
     return dequantize(few).T.reshape(*ids.shape, w.in_ch)
 
 

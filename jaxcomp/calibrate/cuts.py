@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp.calibrate.stream import Calibration, check_finite
-from jaxcomp.core.linear import Linear
-from jaxcomp.core.tree import named_leaves
+from jaxcomp.core.tree import get_at, named_leaves, replace_many
+from jaxcomp.models.anatomy import anatomy
 from jaxcomp.models.attention import plain_context
 from jaxcomp.models.decoder import Block, Decoder, load_block
 from jaxcomp.models.depth import cuts
@@ -156,7 +156,6 @@ def _patched(patch: Patch, x: jax.Array) -> jax.Array:
 
 def _branch(block: Block, x: Hidden, y: Hidden, place: Placement) -> Hidden:
     """What the feed-forward unit added: the output less that of the block without the unit."""
-    down = block.ffn.down
-    nothing = Linear(jnp.zeros_like(down.w), None if down.b is None else jnp.zeros_like(down.b))
-    bare = block.replace(ffn=block.ffn.replace(down=nothing))
+    writers = {path: get_at(block, path) for path in anatomy(block)["ffn_mid"].consumers}
+    bare = replace_many(block, {at: jax.tree.map(jnp.zeros_like, p) for at, p in writers.items()})
     return [a - b for a, b in zip(y, step_batches(bare, x, place=place), strict=True)]

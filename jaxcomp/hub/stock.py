@@ -55,9 +55,8 @@ def stock(model: Decoder, hf_config: Mapping[str, Any]) -> Stock:
     for i, (wanted, found) in enumerate(zip(template.blocks, structs, strict=True)):
         for difference in _differences(wanted, found, f"blocks.{i}"):
             raise ValueError(f"{name} computes something else: {difference}")
-    table = jax.ShapeDtypeStruct(
-        model.embed.table_shape, jnp.float32
-    )  # it may be held transposed, as codes
+    # Codes are held transposed.
+    table = jax.ShapeDtypeStruct(model.embed.table_shape, jnp.float32)
     model = model.replace(embed=model.embed.replace(weight=table))
     for part in ("embed", "norm", "lm_head"):
         for difference in _differences(getattr(template, part), getattr(model, part), part):

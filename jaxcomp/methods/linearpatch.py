@@ -59,7 +59,7 @@ from jaxcomp.core.hadamard import hadamard_base, no_hadamard
 from jaxcomp.core.linear import Linear
 from jaxcomp.core.metrics import Row
 from jaxcomp.core.quantize import QTensor
-from jaxcomp.core.tree import get_at
+from jaxcomp.core.tree import get_at, replace_at
 from jaxcomp.models.anatomy import anatomy
 from jaxcomp.models.decoder import Block, Decoder, block_struct
 from jaxcomp.models.depth import DepthPlan, check_removed, cuts, drop, missing_at_end
@@ -258,7 +258,7 @@ class LinearPatch:
         parts = anatomy(block)
         readers = () if block.attn_norm is not None else parts["attn_in"].consumers
         scaled = (*readers, *parts.writers)
-        for path in scaled if self.kind == "scalar" else ("ffn.down",):
+        for path in scaled if self.kind == "scalar" else parts["ffn_mid"].consumers:
             check_dense(get_at(block, path), path)
 
     def plan_model(self, model: Decoder, hidden: Any, batches: int) -> ModelPlan:
@@ -319,11 +319,12 @@ def put_patch(
     if cfg.kind == "mlp_branch":
         if (after := patches.get(i + 1)) is None:
             return block, metrics
-        down = block.ffn.down
-        t = patch_matrix(after, down.w.shape[-1])
-        w = (jnp.asarray(down.w, jnp.float32) @ t).astype(down.w.dtype)
-        b = None if down.b is None else (jnp.asarray(down.b, jnp.float32) @ t).astype(down.b.dtype)
-        return block.replace(ffn=block.ffn.replace(down=down.replace(w=w, b=b))), metrics
+        writers = {path: get_at(block, path) for path in anatomy(block)["ffn_mid"].consumers}
+        for path, p in writers.items():
+            t = patch_matrix(after, p.w.shape[-1])
+            mapped = lambda a, t=t: (jnp.asarray(a, jnp.float32) @ t).astype(a.dtype)  # noqa: E731
+            block = replace_at(block, path, jax.tree.map(mapped, p))
+        return block, metrics
     patch = patches.get(i)
     return (block if patch is None else block.replace(patch=patch)), metrics
 

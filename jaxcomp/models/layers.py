@@ -47,6 +47,9 @@ def head_norm(
     return rms_norm(p, x)
 
 
+COLUMNS = (QTensor, Weight, DenseWeight)  # tables of which a token is a column
+
+
 @node
 class Embed:
     """Token embedding; `scale` multiplies what is read from it.
@@ -62,7 +65,7 @@ class Embed:
     def table_shape(self) -> tuple[int, int]:
         """`[vocab, d_model]`, however the table is held."""
         held = self.weight.shape
-        return held[::-1] if isinstance(self.weight, QTensor | Weight | DenseWeight) else held
+        return held[::-1] if isinstance(self.weight, COLUMNS) else held
 
 
 def embed_tokens(
@@ -80,5 +83,4 @@ def embed_tokens(
 
 def table_of(p: Embed) -> Float[Array, "vocab d_model"]:
     """The whole table as an array; float32 where it was quantized."""
-    held = isinstance(p.weight, QTensor | Weight | DenseWeight)
-    return dense_of(p.weight).T if held else p.weight
+    return dense_of(p.weight).T if isinstance(p.weight, COLUMNS) else p.weight

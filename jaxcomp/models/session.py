@@ -6,7 +6,7 @@ the next ones. JAX computes while the host goes on: whoever asks for token t + 1
 token t keeps the device busy, and reading waits only for what is read.
 
 A step is one program. A chunk goes block by block, through a program that equal blocks share: it is
-compiled once for all of them, in a thirtieth of the time and memory where there are thirty.
+compiled once for all of them, so compiling takes no more time and memory for a deeper model.
 
 Attention reads all of the cache, so the cache is no larger than need be, and moves into a larger
 one when it is full. Sizes come from short lists, for every one costs a compilation: prompts are
