@@ -34,7 +34,7 @@ from jaxcomp.calibrate.stream import Calibration, Run, StepStore, check_batches,
 from jaxcomp.core.files import sha256_file
 from jaxcomp.data.batches import evaluation_windows, sample_hash, sample_windows
 from jaxcomp.data.corpora import load_text
-from jaxcomp.data.tasks import load_task
+from jaxcomp.data.tasks import task_digest
 from jaxcomp.evals.perplexity import Perplexity
 from jaxcomp.hub.read import open_checkpoint
 from jaxcomp.hub.tokenizer import encode, load_tokenizer
@@ -271,7 +271,7 @@ def run_identity(
 ) -> dict[str, Any]:
     """All that the result of a run depends on, as JSON values."""
     texts = {e.text: load_text(e.text).sha256 for e in recipe.evals if hasattr(e, "text")}
-    texts |= {e.task: load_task(e.task).sha256 for e in recipe.evals if hasattr(e, "task")}
+    texts |= {e.task: task_digest(e.task) for e in recipe.evals if hasattr(e, "task")}
     files = {f: sha256_file(pathlib.Path(f)) for s in recipe.steps for f in getattr(s, "files", ())}
     return {
         "model": loaded.fingerprint(),

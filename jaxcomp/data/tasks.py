@@ -75,6 +75,15 @@ def load_task(source: str) -> Task:
     return Task(task_name(source), items, hashlib.sha256(raw).hexdigest())
 
 
+def task_digest(source: str) -> str:
+    """The sha256 of a task's file, as in `Task`, without reading the questions.
+
+    Raises:
+      ValueError, ModuleNotFoundError: as `load_task` where there is no such file.
+    """
+    return hashlib.sha256(_find(source).read_bytes()).hexdigest()
+
+
 def task_name(source: str) -> str:
     """What a report calls a task: the source, of a local one its last parts."""
     if not _is_local(source):

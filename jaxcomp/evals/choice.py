@@ -49,7 +49,7 @@ class Choice:
       task: a name, folder or file that `jaxcomp.data.tasks` knows.
       limit: items to ask, the first of a shuffle; None for all.
       seed: of the shuffle.
-      batch: choices that a compiled call works on.
+      batch: so many of the longest choices are as much as a compiled call works on.
     """
 
     task: str

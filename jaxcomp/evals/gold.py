@@ -24,7 +24,7 @@ class Gold:
       task: a name, folder or file that `jaxcomp.data.tasks` knows; of choices the right one counts.
       limit: items to score, the first of a shuffle; None for all.
       seed: of the shuffle.
-      batch: answers that a compiled call works on.
+      batch: so many of the longest answers are as much as a compiled call works on.
     """
 
     task: str

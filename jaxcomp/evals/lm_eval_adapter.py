@@ -56,7 +56,7 @@ def harness_model(
       model: blocks may be behind handles; only generation loads them all.
       tokenizer: for special tokens, decoding and the chat template.
       encode: text → token ids without special tokens.
-      batch: sequences that a compiled call works on.
+      batch: so many of the longest sequences are as much as a compiled call works on.
       max_length: tokens of context; the model's own by default. Longer requests are cut at the
         left.
       progress: wraps the blocks to show how far the likelihoods are.

@@ -66,6 +66,8 @@ class Context:
         depends on it; None for as many as the call shows.
       starts: the first slot of each sequence that holds a token, where all after it do; else None.
       fresh: nothing stands in the cache before this call.
+      ends: without a cache, the first later token of the call that does not see each token; None
+        where all do. So texts that begin alike are one sequence (`models.shared`).
     """
 
     positions: Int[Array, "batch time"]
@@ -76,6 +78,7 @@ class Context:
     horizon: Int[Array, ""] | None = None
     starts: Int[Array, " batch"] | None = None
     fresh: bool = static(default=False)
+    ends: Int[Array, "batch time"] | None = None
 
 
 def plain_context(batch: int, time: int) -> Context:
@@ -142,8 +145,9 @@ def _attend_prefix(p: GQA, q: Array, k: Array, v: Array, ctx: Context) -> Array:
     out = []
     for start in range(0, time, tile):
         stop = min(start + tile, time)
-        # Without padding a position is a slot, and keys before the window need not be read.
-        first = 0 if p.window is None or ctx.valid is not None else max(0, start - p.window + 1)
+        # Where a position is a slot, keys before the window need not be read.
+        is_slot = ctx.valid is None and ctx.ends is None
+        first = max(0, start - p.window + 1) if p.window is not None and is_slot else 0
         queries, keys = jnp.arange(start, stop), jnp.arange(first, stop)
         seen = keys[None, :] <= queries[:, None]
         if p.window is not None:
@@ -151,6 +155,8 @@ def _attend_prefix(p: GQA, q: Array, k: Array, v: Array, ctx: Context) -> Array:
             seen = seen & (pos_q[:, :, None] - pos_k[:, None, :] < p.window)
         if ctx.valid is not None:
             seen = seen & ctx.valid[:, None, first:stop]
+        if ctx.ends is not None:
+            seen = seen & (queries[:, None] < ctx.ends[:, None, first:stop])
         rows, prefix = q[..., start:stop, :], (k[:, :, first:stop], v[:, :, first:stop])
         out.append(
             _softmax_attend(p, rows, *prefix, jnp.broadcast_to(seen, (batch, *seen.shape[-2:])))

@@ -1,11 +1,12 @@
 """How likely a model finds given tokens after others: many requests, few compiled shapes.
 
-    requests ─▶ inputs, equal ones once ─▶ longest first, `batch` at a time, padded to a bucket
+    requests ─▶ inputs, equal ones once ─▶ those that begin alike in one sequence (`models.shared`)
+    sequences, longest first, a batch at a time, padded to a bucket
     blocks outside, batches inside          one block in memory (`models.stream`)
     hidden states that predict a target ─▶ head, `HEAD_ROWS` at a time
 
-A block compiles once for every bucket that occurs (`buckets`), the head once. Padding is on the
-right, where a causal mask hides it.
+A block compiles once for every bucket that occurs (`buckets`), the head once. Models whose rotary
+embedding depends on the length of a sequence get every input in a call of its own.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,16 +16,19 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jaxcomp.models.config import ModelConfig
-from jaxcomp.models.decoder import Decoder
+from jaxcomp.models.decoder import Decoder, block_struct
 from jaxcomp.models.head import open_head, token_scores
-from jaxcomp.models.stream import Hidden, embed_batches, map_batches, run_blocks
+from jaxcomp.models.rope import depends_on_length
+from jaxcomp.models.shared import Shared, padded, share
+from jaxcomp.models.stream import Hidden, block_step_at, embed_batches, map_batches, run_blocks
 from jaxcomp.models.text import Encode, Ids, encode_pair
 
 CHUNK_TOKENS = 2**17  # tokens whose hidden states are on the host at once
 HEAD_ROWS = 512  # hidden states that go through the head at once
 SMALLEST = 16  # tokens of the smallest bucket
+LEAST = 1024  # tokens of a sequence that texts may fill, where two of the longest are less
 
-Batch = tuple[list[int], int]  # which inputs, and the length they are padded to
+Batch = tuple[list[Shared], int]  # sequences, and the length they are padded to
 
 
 class Request(NamedTuple):
@@ -102,7 +106,7 @@ def score(
     Args:
       model: blocks may be behind handles.
       requests: those with equal inputs, such as choices of one token, share a pass.
-      batch: inputs that a compiled call works on.
+      batch: so many of the longest inputs are as much as a compiled call works on.
       progress: wraps the blocks to show how far it is, for every chunk of tokens anew.
 
     Raises:
@@ -111,13 +115,15 @@ def score(
     if not requests or batch < 1:
         raise ValueError(f"{len(requests)} requests in batches of {batch}; give at least 1 of each")
     inputs, askers = _unique(requests)
-    batch = min(batch, len(inputs))
-    head, limit = open_head(model), model.config.context_length
+    head, alone = open_head(model), _alone(model)
     log_likelihood, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
-    for batches in _chunks(_batches(inputs, batch, limit)):
-        tokens = [_padded([inputs[i] for i in rows], length, batch) for rows, length in batches]
-        hidden = [h for t in tokens for h in embed_batches(model, t, len(t))]
-        hidden = run_blocks(model, hidden, progress)
+    groups = _batches(inputs, batch, alone)
+    rows = max(len(sequences) for sequences, _ in groups)
+    for batches in _chunks(groups):
+        laid = [padded(sequences, rows, length) for sequences, length in batches]
+        hidden = [h for tokens, _ in laid for h in embed_batches(model, tokens, rows)]
+        contexts = [context for _, context in laid]
+        hidden = run_blocks(model, hidden, progress, block_step_at, contexts)
 
         def look_up(due: _Due, hidden: Hidden = hidden) -> tuple[np.ndarray, np.ndarray]:
             places = zip(due.batch, due.row, due.position, strict=True)
@@ -128,7 +134,7 @@ def score(
                 np.asarray(a)[: len(due.target)] for a in token_scores(head, states, targets)
             )
 
-        pieces = list(_pieces(batches, inputs, askers, requests))
+        pieces = list(_pieces(batches, askers, requests))
         for due, (nll, best) in zip(pieces, map_batches(look_up, pieces), strict=True):
             np.subtract.at(log_likelihood, due.request, nll)
             np.logical_and.at(greedy, due.request, best)
@@ -140,16 +146,24 @@ def score(
     return Scores(log_likelihood, greedy)
 
 
-def buckets(requests: Sequence[Request], batch: int, limit: int) -> list[int]:
-    """The lengths for which `score` has a block compiled, longest first."""
+def buckets(requests: Sequence[Request], batch: int, alone: bool = False) -> list[int]:
+    """The lengths for which `score` has a block compiled, longest first.
+
+    Args:
+      alone: whether every input has a call of its own.
+    """
     inputs, _ = _unique(requests)
-    return list(dict.fromkeys(length for _, length in _batches(inputs, batch, limit)))
+    return list(dict.fromkeys(length for _, length in _batches(inputs, batch, alone)))
 
 
-def bucket(tokens: int, limit: int) -> int:
-    """The length to which an input is padded: a quarter more at most, and never above `limit`."""
+def bucket(tokens: int) -> int:
+    """The length to which a sequence is padded, a quarter more at most."""
     step = max(SMALLEST, 1 << max(tokens.bit_length() - 3, 0))
-    return min(-(-tokens // step) * step, limit)
+    return -(-tokens // step) * step
+
+
+def _alone(model: Decoder) -> bool:
+    return any(depends_on_length(block_struct(b).attn.rope) for b in model.blocks)
 
 
 def _unique(requests: Iterable[Request]) -> tuple[list[np.ndarray], list[list[int]]]:
@@ -164,47 +178,43 @@ def _unique(requests: Iterable[Request]) -> tuple[list[np.ndarray], list[list[in
     return inputs, list(askers.values())
 
 
-def _batches(inputs: Sequence[np.ndarray], batch: int, limit: int) -> list[Batch]:
-    order = sorted(range(len(inputs)), key=lambda i: -len(inputs[i]))
-    groups = [order[i : i + batch] for i in range(0, len(order), batch)]
-    return [(rows, bucket(len(inputs[rows[0]]), limit)) for rows in groups]
+def _batches(inputs: Sequence[np.ndarray], batch: int, alone: bool) -> list[Batch]:
+    longest = max(map(len, inputs))
+    capacity = 0 if alone else max(2 * longest, LEAST)
+    rows = 1 if alone else max(batch * longest // capacity, 1)
+    sequences = sorted(share(inputs, capacity), key=lambda s: -len(s.tokens))
+    groups = [sequences[i : i + rows] for i in range(0, len(sequences), rows)]
+    return [(group, bucket(len(group[0].tokens))) for group in groups]
 
 
 def _chunks(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
     """Batches whose hidden states are on the host together."""
     chunk, tokens = [], 0
-    for rows, length in batches:
-        size = len(rows) * length
+    for sequences, length in batches:
+        size = len(sequences) * length
         if chunk and tokens + size > CHUNK_TOKENS:
             yield chunk
             chunk, tokens = [], 0
-        chunk.append((rows, length))
+        chunk.append((sequences, length))
         tokens += size
     yield chunk
 
 
-def _padded(rows: Sequence[np.ndarray], length: int, batch: int) -> Int[np.ndarray, "batch length"]:
-    tokens = np.zeros((batch, length), np.int32)
-    for row, ids in zip(tokens, rows, strict=False):
-        row[: len(ids)] = ids
-    return tokens
-
-
 def _pieces(
     batches: Sequence[Batch],
-    inputs: Sequence[np.ndarray],
     askers: Sequence[list[int]],
     requests: Sequence[Request],
 ) -> Iterator[_Due]:
     """All predictions that are due in these batches, `HEAD_ROWS` or fewer at a time."""
     due: list[list[np.ndarray]] = [[] for _ in _Due._fields]
-    for b, (rows, _) in enumerate(batches):
-        for row, i in enumerate(rows):
-            for r in askers[i]:
-                m, n = len(requests[r].targets), len(inputs[i])
-                facts = (r, b, row, np.arange(n - m, n), requests[r].targets)
-                for column, fact in zip(due, facts, strict=True):
-                    column.append(np.broadcast_to(fact, m))
+    for b, (sequences, _) in enumerate(batches):
+        for row, sequence in enumerate(sequences):
+            for i, slots in sequence.slots.items():
+                for r in askers[i]:
+                    m = len(requests[r].targets)
+                    facts = (r, b, row, slots[-m:], requests[r].targets)
+                    for column, fact in zip(due, facts, strict=True):
+                        column.append(np.broadcast_to(fact, m))
     whole = [np.concatenate(column) for column in due]
     for start in range(0, len(whole[0]), HEAD_ROWS):
         yield _Due(*(column[start : start + HEAD_ROWS] for column in whole))

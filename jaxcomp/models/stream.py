@@ -43,6 +43,14 @@ def block_step(
     return as_batch(block_forward(block, x, plain_context(*x.shape[:2])), x)
 
 
+@functools.partial(jax.jit, donate_argnums=1)
+def block_step_at(
+    block: Block, x: Float[Array, "batch time d_model"], ctx: Context
+) -> Float[Array, "batch time d_model"]:
+    """One block on sequences that stand where `ctx` says, without a cache."""
+    return as_batch(block_forward(block, x, ctx), x)
+
+
 @functools.partial(jax.jit, static_argnames="chunk", donate_argnums=1)
 def cached_block_step(
     block: Block, x: Float[Array, "batch time d_model"], chunk: int
@@ -87,29 +95,37 @@ def run_blocks(
     model: Decoder,
     hidden: Hidden,
     each: Callable[[Iterable[Block]], Iterable[Block]] = iter,
-    step: Callable[[Block, Array], Array] = block_step,
+    step: Callable[..., Array] = block_step,
+    contexts: Iterable[Context] | None = None,
 ) -> Hidden:
     """Hidden states after the last block.
 
     Args:
       each: may wrap the blocks to show progress.
       step: runs one block on one batch, which it may consume.
+      contexts: third argument of `step` for each batch; None for a step that takes two.
     """
+    beside = () if contexts is None else (list(contexts),)
     for block in each(iter_blocks(model)):
         block = _cast_weights(jax.device_put(block), model.config.compute_dtype)
-        hidden = step_batches(block, hidden, step)
+        hidden = step_batches(block, hidden, step, beside=beside)
     return hidden
 
 
 def step_batches(
     block: Block,
     hidden: Hidden,
-    step: Callable[[Block, Array], Array] = block_step,
+    step: Callable[..., Array] = block_step,
     place: Placement = Placement(),
+    beside: tuple[Iterable, ...] = (),
 ) -> Hidden:
-    """`step` on every batch, back on the host; over the devices of `place` if it has any."""
+    """`step` on every batch, back on the host; over the devices of `place` if it has any.
+
+    Args:
+      beside: further arguments of `step`, each an iterable over the batches; on one device only.
+    """
     if place.mesh is None:
-        return map_batches(lambda x: np.asarray(step(block, x)), hidden)
+        return map_batches(lambda *x: np.asarray(step(block, *x)), hidden, *beside)
     # One at a time: programs that talk must start in the same order on all devices.
     block = place.replicate(block)
     return [place.get(step(block, place.put(x))) for x in hidden]

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from jaxcomp.data import tasks
-from jaxcomp.data.tasks import load_task, sample_name, task_names
+from jaxcomp.data.tasks import load_task, sample_name, task_digest, task_names
 
 CHOICES = (" a cat", " a dog", " a newt")
 
@@ -68,6 +68,7 @@ def test_requests_without_their_question_are_left_out(tmp_path):
 def test_a_name_alone_means_the_plainest_variant(package):
     plain = load_task("pets/rc_0shot")
     assert load_task("pets") == dataclasses.replace(plain, name="pets")
+    assert task_digest("pets") == plain.sha256
     assert load_task("sums").name == "sums" and task_names() == ["odd", "pets", "sums"]
 
 

@@ -13,7 +13,7 @@ from jaxcomp.evals.lm_eval_adapter import harness_model, run_harness
 from jaxcomp.hub import encode as encode_with
 from jaxcomp.hub import load_tokenizer, open_checkpoint
 from jaxcomp.models.likelihood import buckets, make_request
-from jaxcomp.models.stream import block_step
+from jaxcomp.models.stream import block_step_at
 from tests import tiny
 
 pytest.importorskip("lm_eval")
@@ -191,10 +191,10 @@ def test_the_family_says_whether_a_bos_comes_first(model, tokenizer, encode):
 def test_a_block_compiles_once_for_every_length_that_occurs(ours):
     requests = [Ask(TEXT[:i], " ships") for i in range(1, 90, 3)]
     encoded = [ours._encode_pair(*request.args) for request in requests]
-    block_step.clear_cache()
+    block_step_at.clear_cache()
     ours.loglikelihood(requests)
-    lengths = buckets([make_request(*pair, 64) for pair in encoded], 3, 64)
-    assert block_step._cache_size() == len(lengths) == 3
+    lengths = buckets([make_request(*pair, 64) for pair in encoded], 3)
+    assert block_step_at._cache_size() == len(lengths) == 1
 
 
 def test_a_local_task_gives_the_numbers_of_the_other_backend_and_of_our_own_evaluation(

@@ -9,7 +9,8 @@ from jaxcomp import artefact
 from jaxcomp.models import likelihood
 from jaxcomp.models.decoder import forward
 from jaxcomp.models.likelihood import Request, bucket, buckets, make_request, score
-from jaxcomp.models.stream import block_step
+from jaxcomp.models.rope import depends_on_length
+from jaxcomp.models.stream import block_step_at
 from tests import tiny
 
 LIMIT = 64
@@ -68,6 +69,7 @@ def test_the_greedy_continuation_is_recognised(model):
 def test_batches_and_chunks_change_nothing(model, requests, monkeypatch):
     whole = score(model, requests, batch=16)
     monkeypatch.setattr(likelihood, "CHUNK_TOKENS", 100)
+    monkeypatch.setattr(likelihood, "LEAST", 32)
     monkeypatch.setattr(likelihood, "HEAD_ROWS", 5)
     seen = []
     small = score(model, requests, batch=2, progress=lambda b: (seen.append(1) or x for x in b))
@@ -82,18 +84,43 @@ def test_a_block_compiles_once_for_every_bucket(model, requests):
         Request(rng.integers(0, tiny.VOCAB, n).astype(np.int32), np.array([1], np.int32))
         for n in rng.integers(1, LIMIT + 1, 100)
     ]
-    block_step.clear_cache()
+    block_step_at.clear_cache()
     score(model, many, batch=8)
-    assert block_step._cache_size() == len(buckets(many, 8, LIMIT)) == 4
+    assert block_step_at._cache_size() == len(buckets(many, 8)) == 2
     score(model, many[::-1], batch=8)
-    assert block_step._cache_size() == 4
+    assert block_step_at._cache_size() == 2
 
 
 def test_a_bucket_is_little_longer_than_what_it_holds():
-    for limit in (100, 8192):
-        for n in range(1, limit + 1):
-            assert n <= bucket(n, limit) <= min(limit, max(16, 1.25 * n + 15))
-    assert len({bucket(n, 8192) for n in range(1, 8193)}) < 40
+    for n in range(1, 8193):
+        assert n <= bucket(n) <= max(16, 1.25 * n + 15)
+    assert len({bucket(n) for n in range(1, 8193)}) < 40
+
+
+def test_what_requests_have_in_common_is_computed_once(model, monkeypatch):
+    few_shots = list(range(40))
+    requests = [make_request([*few_shots, 40 + i], [i, i + 1], LIMIT) for i in range(20)]
+    tokens = []
+    embed = likelihood.embed_batches
+    monkeypatch.setattr(
+        likelihood, "embed_batches", lambda m, t, n: tokens.append(t.size) or embed(m, t, n)
+    )
+    found = score(model, requests)
+    wanted = [brute_force(model, request)[0] for request in requests]
+    np.testing.assert_allclose(found.log_likelihood, wanted, atol=2e-4)
+    assert sum(tokens) == bucket(40 + 20 * 2)
+
+
+def test_a_rope_that_depends_on_the_length_keeps_every_input_by_itself():
+    model = tiny.model("phi3", jax.random.key(0))
+    assert depends_on_length(model.blocks[0].attn.rope)
+    short, long = [1, 2, 3], [1, 2, 3, *range(20)]  # on both sides of where factors change
+    requests = [make_request(x, [4, i], LIMIT) for x in (short, long) for i in (5, 6)]
+    assert buckets(requests, 2, alone=True) == [32, 16]
+    found = score(model, requests, batch=2)
+    np.testing.assert_allclose(
+        found.log_likelihood, [brute_force(model, request)[0] for request in requests], atol=2e-4
+    )
 
 
 def test_inputs_that_are_equal_share_a_pass(model, monkeypatch):
