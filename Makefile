@@ -55,6 +55,7 @@ bench: $(VENV)/.dev  ## Run the benchmarks beside other packages
 	$(BIN)/python benchmarks/peers/gptq.py
 	$(BIN)/python benchmarks/peers/decode.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/depth.py
 	$(BIN)/python benchmarks/calibrate.py
 	$(BIN)/python benchmarks/kernels.py
 

@@ -130,8 +130,9 @@ def _draw_losses(axis: Any, rows: list[Row]) -> None:
         axis.plot(range(1, len(losses) + 1), losses, color=colour, linewidth=1.2)
     if held := held_out(rows):
         axis.plot(list(held), list(held.values()), "o-", color=AFTER, markersize=4, linewidth=0.8)
-        label_ends(axis, [(list(held.values())[-1], "held out", AFTER)])
     axis.set_yscale("log")
+    if held:
+        label_ends(axis, [(list(held.values())[-1], "held out", AFTER)])
     axis.set_title("loss during the fit")
     axis.set_xlabel("record of the loss, in order")
     axis.set_ylabel("loss of the model" if whole_model(rows) else "loss of the block")

@@ -8,6 +8,9 @@ from jaxcomp.report.style import COLOURS, QUIET, label_ends, picture
 from jaxcomp.studies.plot import FAR, LOG_FROM, plain_ticks
 from jaxcomp.studies.results import Line, Number, spread
 
+MARKS = {"o": "●", "s": "■", "^": "▲", "D": "◆"}  # change when colours come round
+NAME = 0.2  # inches of height that the name of a curve takes
+
 
 def plot_curves(
     lines: list[Line], numbers: list[Number], along: str, path: str | os.PathLike, title: str
@@ -20,7 +23,7 @@ def plot_curves(
     """
     itself, rows = lines[0], [line for line in lines[1:] if along in line.labels]
     groups = list(dict.fromkeys(line.group for line in rows))
-    with picture(path, 4.9 * len(numbers), 4.2) as figure:
+    with picture(path, 4.9 * len(numbers), max(4.2, 1.2 + NAME * len(groups))) as figure:
         axes = figure.subplots(1, len(numbers), squeeze=False)[0]
         for axis, number in zip(axes, numbers, strict=True):
             curves = {group: curve(rows, group, number, along) for group in groups}
@@ -45,10 +48,13 @@ def _draw(
     heights += [base] if math.isfinite(base) else []
     if heights and min(heights) > 0 and max(heights) / min(heights) > LOG_FROM:
         axis.set_yscale("log")
-    colours = dict(zip(shown, (COLOURS[i % len(COLOURS)] for i in range(len(shown))), strict=True))
+    shown = {group: points for group, points in shown.items() if points}
+    colours = {group: COLOURS[i % len(COLOURS)] for i, group in enumerate(curves)}
+    rounds = {group: i // len(COLOURS) for i, group in enumerate(curves)}
+    marks = {group: [*MARKS][n % len(MARKS)] for group, n in rounds.items()}
     for group, points in shown.items():
-        if points:
-            axis.plot(*zip(*points, strict=True), "o-", color=colours[group], markersize=5)
+        style = dict(color=colours[group], marker=marks[group], markersize=5)
+        axis.plot(*zip(*points, strict=True), "-", **style)
     if math.isfinite(base):
         axis.axhline(base, color=QUIET, linewidth=1.2, linestyle=(0, (4, 3)))
     if axis.get_yscale() == "log":
@@ -56,8 +62,17 @@ def _draw(
     places = sorted({x for points in shown.values() for x, _ in points})
     if 0 < len(places) <= 12:
         axis.set_xticks(places, [f"{x:g}" for x in places])
+    left, right = axis.get_xlim()
+    for group, points in shown.items():
+        x, y = points[-1]
+        if x < places[-1]:  # leads to the name at the edge
+            dots = dict(color=colours[group], linewidth=0.7, linestyle=(0, (1, 3)))
+            axis.plot([x, right], [y, y], **dots)
+    axis.set_xlim(left, right)
     axis.grid(axis="y")
     axis.set_title(number.heading)
     axis.figure.canvas.draw()  # limits and sizes are final
-    ends = [(points[-1][1], group, colours[group]) for group, points in shown.items() if points]
+    again = max(rounds.values(), default=0) > 0
+    called = {g: f"{MARKS[m]} {g}" if again else g for g, m in marks.items()}
+    ends = [(points[-1][1], called[g], colours[g]) for g, points in shown.items()]
     label_ends(axis, [*ends, *([(base, itself.name, QUIET)] if math.isfinite(base) else [])])
