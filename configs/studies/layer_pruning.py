@@ -11,6 +11,7 @@ Less: jaxcomp study configs/studies/layer_pruning.py --out OUT --only "bi 5" --o
 """
 
 from jaxcomp import (
+    GPTQ,
     CalibSpec,
     Descent,
     Distill,
@@ -20,6 +21,7 @@ from jaxcomp import (
     MaskSearch,
     Perplexity,
     PruneBlocks,
+    QuantSpec,
     Recipe,
     Recovery,
     Study,
@@ -35,6 +37,7 @@ CHOOSE = dict(bi=16, block_cos=16, taylor=8, ppl=8, sleb=4, macro_influence=4, r
 RANDOM = tuple(f"steps.0.seed={seed}" for seed in range(3))
 PATCHES = ("scalar", "diag", "hadamard", "lstsq", "mlp_branch")
 FIT = Descent(lr=2e-4, batch=2, validation=8)
+W4 = GPTQ(weight=QuantSpec(bits=4, group_size=64), clip="output", first_token_weight=16.0)
 
 
 def study() -> Study:
@@ -45,6 +48,7 @@ def study() -> Study:
         rows=(
             *(row for metric in CHOOSE for row in chosen(metric)),
             *(row for kind in PATCHES for row in patched(kind)),
+            *map(quantized, (0, 3, 5, 8)),
             *trained(5),
         ),
         evals=(
@@ -68,6 +72,12 @@ def chosen(metric: str) -> list[StudyRow]:
 
 def patched(kind: str) -> list[StudyRow]:
     return [row(f"bi + {kind}", n, FREE, prune(n), LinearPatch(kind)) for n in (3, 5, 8)]
+
+
+def quantized(n: int) -> StudyRow:
+    """Fewer blocks and fewer bits; 0 is quantization alone."""
+    steps = (prune(n), LinearPatch("lstsq"), W4) if n else (W4,)
+    return row("bi + lstsq, GPTQ W4 g64", n, FREE, *steps)
 
 
 def trained(n: int) -> list[StudyRow]:
