@@ -173,6 +173,12 @@ def plan_rows(name: str, plan: DepthPlan, warnings: Iterable[str] = ()) -> list[
     return [*rows, Row(name, None, None, whole)]
 
 
+def text_digest(tokens: np.ndarray) -> str:
+    """sha256 of the shape and the tokens, as the report has it of the calibration windows."""
+    shape = np.asarray(tokens.shape, "<i8").tobytes()
+    return hashlib.sha256(shape + tokens.astype("<i4").tobytes()).hexdigest()
+
+
 def plan_selection(model: Decoder, hidden: Any, batches: int, how: Selection) -> ModelPlan:
     """The programs of a choice for a dry run, and a model of the right depth.
 
@@ -221,19 +227,13 @@ def _choose(
         choice.removed,
         model_digest(model),
         how.metric,
-        _digest(calib.tokens) if how.needs_text else "",
+        text_digest(calib.tokens) if how.needs_text else "",
         calib.tokens.size if how.needs_text else 0,
         tuple(None if s is None else float(s) for s in scores),
         choice.margin,
         importlib.metadata.version("jaxcomp"),
     )
     return {"plan": plan_to_json(plan), "warnings": _warnings(plan, how, top, outliers)}
-
-
-def _digest(tokens: np.ndarray) -> str:
-    """sha256 of the shape and the tokens, as the report has it of the calibration windows."""
-    shape = np.asarray(tokens.shape, "<i8").tobytes()
-    return hashlib.sha256(shape + tokens.astype("<i4").tobytes()).hexdigest()
 
 
 def _measure(

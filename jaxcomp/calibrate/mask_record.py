@@ -106,6 +106,7 @@ def found(state: State, free: tuple[int, ...], remove: int) -> Mask:
         "held_out_last": state.looks[-1][1],
         "held_out_best": best,
         "choices_measured": len(state.seen),
+        "start_choice": ", ".join(map(str, state.seen[0][0])),
         "last_choice": ", ".join(map(str, last)),
         "score_margin": margin,
         "overlap": together,

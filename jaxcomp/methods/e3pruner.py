@@ -23,7 +23,6 @@ the second stage.
 """
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import logging
 import pathlib
@@ -42,7 +41,7 @@ from jaxcomp.calibrate.distillation import (
     plan_distillation,
     workplace,
 )
-from jaxcomp.calibrate.importance import plan_rows
+from jaxcomp.calibrate.importance import plan_rows, text_digest
 from jaxcomp.calibrate.losses import Targets, TopKLoss
 from jaxcomp.calibrate.mask_record import Mask
 from jaxcomp.calibrate.mask_search import MaskSearch, check_search, masked_student, search_mask
@@ -227,7 +226,7 @@ class E3Pruner:
         scores: list[float | None] = [None] * len(model.blocks)
         for i, score in zip(self._free(model), found.scores, strict=True):
             scores[i] = score
-        text = hashlib.sha256(np.ascontiguousarray(tokens, "<i4").tobytes()).hexdigest()
+        text = text_digest(tokens)
         version = importlib.metadata.version("jaxcomp")
         known = model_digest(model), "e3", text, tokens.size, tuple(scores), None, version
         return DepthPlan(len(model.blocks), found.removed, *known)

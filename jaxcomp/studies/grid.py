@@ -12,7 +12,8 @@ from jaxcomp.calibrate.plan import check_steps
 from jaxcomp.recipe import Recipe, fingerprint
 from jaxcomp.studies.study import Study, StudyRow, chosen
 
-OURS = ("before", "rows", "study.json", "study.md", "study.png", "depth.png")
+PICTURES = ("study.png", "curves.png", "depth.png")
+OURS = ("before", "rows", "study.json", "study.md", *PICTURES)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -107,6 +107,20 @@ def test_nothing_is_computed_twice_and_the_model_itself_is_measured_once(finishe
         assert perplexities(again, name) == perplexities(result, name)
 
 
+def test_a_study_along_a_label_leaves_curves_and_can_go_on(study, tmp_path, calls):
+    rows = [
+        dataclasses.replace(row, labels={"bits": "3"}, repeats=())
+        for row in study.rows
+        if row.name != "odd"
+    ]
+    changed = dataclasses.replace(study, rows=tuple(rows), along="bits")
+    run_study(changed, tmp_path, only=["RTN"])
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    calls.clear()
+    run_study(changed, tmp_path)
+    assert calls == [rows[1].recipe, "evaluate"]
+
+
 def test_only_a_changed_row_is_computed(finished, study, calls):
     out, _ = finished
     changed, notes = with_settings(study, ["steps.0.act_order=false"])
