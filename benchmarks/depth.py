@@ -41,6 +41,8 @@ def main() -> None:
             contenders.append(Contender(out, f"{removed}"))
         settings = dict(prompt=args.prompt, new=args.new, repeats=args.repeats)
         found = bench(contenders, (1,), progress=lambda text: print(f"  {text}"), **settings)
+    for model in found["models"]:
+        model["source"] = args.model  # the others were made from it, in a place that is gone
     n_blocks = len(load(args.model, lazy=True).model.blocks)
     rows = [row(model, found["models"][0], n_blocks) for model in found["models"]]
     print()

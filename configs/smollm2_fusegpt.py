@@ -4,6 +4,9 @@ Rates are for one pass over 69,632 tokens a round; the paper's are for twenty ov
 
 Run: jaxcomp compress demo:smollm2 configs/smollm2_fusegpt.py --out OUT
 The same text and steps without the removed weights: add steps.0.control=lora.
+Expect: perplexity 27.02, dense 20.12; blocks 12, 14, 16, 17, 18 go; 18 minutes (2026-11-27, 2 CPU
+cores beside tests, jax 0.10.2; row "FuseGPT 5" of configs/studies/layer_pruning.py, whose settings
+these are).
 """
 
 from jaxcomp import CalibSpec, FuseGPT, Perplexity, Recipe
