@@ -108,24 +108,20 @@ def run_blocks(
     beside = () if contexts is None else (list(contexts),)
     for block in each(iter_blocks(model)):
         block = _cast_weights(jax.device_put(block), model.config.compute_dtype)
-        hidden = step_batches(block, hidden, step, beside=beside)
+        run = functools.partial(step, block)
+        hidden = map_batches(lambda *x, run=run: np.asarray(run(*x)), hidden, *beside)
     return hidden
 
 
 def step_batches(
     block: Block,
     hidden: Hidden,
-    step: Callable[..., Array] = block_step,
+    step: Callable[[Block, Array], Array] = block_step,
     place: Placement = Placement(),
-    beside: tuple[Iterable, ...] = (),
 ) -> Hidden:
-    """`step` on every batch, back on the host; over the devices of `place` if it has any.
-
-    Args:
-      beside: further arguments of `step`, each an iterable over the batches; on one device only.
-    """
+    """`step` on every batch, back on the host; over the devices of `place` if it has any."""
     if place.mesh is None:
-        return map_batches(lambda *x: np.asarray(step(block, *x)), hidden, *beside)
+        return map_batches(lambda x: np.asarray(step(block, x)), hidden)
     # One at a time: programs that talk must start in the same order on all devices.
     block = place.replicate(block)
     return [place.get(step(block, place.put(x))) for x in hidden]

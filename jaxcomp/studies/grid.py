@@ -12,8 +12,7 @@ from jaxcomp.calibrate.plan import check_steps
 from jaxcomp.recipe import Recipe, fingerprint
 from jaxcomp.studies.study import Study, StudyRow, chosen
 
-PICTURES = ("study.png", "curves.png", "depth.png")
-OURS = ("before", "rows", "study.json", "study.md", *PICTURES)
+OURS = ("before", "rows", "study.json", "study.md", "study.png", "curves.png", "depth.png")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,6 +34,19 @@ def requests():
     return [make_request(*pair, LIMIT) for pair in pairs]
 
 
+@pytest.fixture
+def embedded(monkeypatch):
+    """Shapes of the batches of tokens that are embedded."""
+    shapes, embed = [], likelihood.embed_batches
+
+    def noted(model, tokens, batch):
+        shapes.append(tokens.shape)
+        return embed(model, tokens, batch)
+
+    monkeypatch.setattr(likelihood, "embed_batches", noted)
+    return shapes
+
+
 def last_logits(model, ids, count=1):
     """Logits at the last positions, from the whole forward pass, padded on the left."""
     pad = LIMIT - len(ids)
@@ -97,18 +110,13 @@ def test_a_bucket_is_little_longer_than_what_it_holds():
     assert len({bucket(n) for n in range(1, 8193)}) < 40
 
 
-def test_what_requests_have_in_common_is_computed_once(model, monkeypatch):
+def test_what_requests_have_in_common_is_computed_once(model, embedded):
     few_shots = list(range(40))
     requests = [make_request([*few_shots, 40 + i], [i, i + 1], LIMIT) for i in range(20)]
-    tokens = []
-    embed = likelihood.embed_batches
-    monkeypatch.setattr(
-        likelihood, "embed_batches", lambda m, t, n: tokens.append(t.size) or embed(m, t, n)
-    )
     found = score(model, requests)
     wanted = [brute_force(model, request)[0] for request in requests]
     np.testing.assert_allclose(found.log_likelihood, wanted, atol=2e-4)
-    assert sum(tokens) == bucket(40 + 20 * 2)
+    assert embedded == [(1, bucket(40 + 20 * 2))]
 
 
 def test_a_rope_that_depends_on_the_length_keeps_every_input_by_itself():
@@ -123,18 +131,13 @@ def test_a_rope_that_depends_on_the_length_keeps_every_input_by_itself():
     )
 
 
-def test_inputs_that_are_equal_share_a_pass(model, monkeypatch):
+def test_inputs_that_are_equal_share_a_pass(model, embedded):
     context = [3, 4, 5]
     requests = [make_request(context, [token], LIMIT) for token in range(20)]
-    shapes = []
-    embed = likelihood.embed_batches
-    monkeypatch.setattr(
-        likelihood, "embed_batches", lambda m, t, n: shapes.append(t.shape) or embed(m, t, n)
-    )
     found = score(model, requests)
     wanted = [brute_force(model, request)[0] for request in requests]
     np.testing.assert_allclose(found.log_likelihood, wanted, atol=1e-4)
-    assert shapes == [(1, 16)]
+    assert embedded == [(1, 16)]
 
 
 def test_what_does_not_fit_is_cut_at_the_left():
