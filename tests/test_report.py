@@ -30,6 +30,8 @@ from jaxcomp.report import (
     sizes,
     to_json,
 )
+from jaxcomp.report.fit import stages
+from jaxcomp.report.html import render_html
 from jaxcomp.report.structure import site_text
 from jaxcomp.report.style import spread_apart
 from tests import heterogeneous
@@ -208,6 +210,16 @@ def test_the_picture_of_a_fit_shows_what_was_recorded(clips, errors, tmp_path):
     plot_fit(report(rows=rows), tmp_path / "fit.png")
     panels = 1 + errors + 2 * clips
     assert shown(tmp_path / "fit.png").shape[0] > 480 * ((panels + 1) // 2)
+
+
+def test_the_picture_of_a_search_says_how_many_blocks_it_removes_when(tmp_path):
+    curves = {"loss_curve": [0.1, 0.2, 0.2, 0.4], "removed_curve": [1.0, 2.0, 2.0, 4.0]}
+    rows = (Row("Search", None, None, curves),)
+    assert stages(rows) == {1: 1, 2: 2, 4: 4} and stages(fit_rows()) == {}
+    plot_fit(report(rows=rows), tmp_path / "fit.png")
+    assert "blocks removed at a time: 1 from record 1, 2 from record 2, 4 from" in render_html(
+        report(rows=rows)
+    )
 
 
 def test_numbers_that_are_not_finite_leave_a_gap_in_a_picture(tmp_path):

@@ -92,8 +92,12 @@ def lowest(scores: Array, count: int) -> list[int]:
     return np.flatnonzero(np.asarray(mask) == 0).tolist()
 
 
-def found(state: State, free: tuple[int, ...], remove: int) -> Mask:
-    """The best choice that was measured, and what is to be said of the search."""
+def found(state: State, free: tuple[int, ...], remove: int, zeros: list[int]) -> Mask:
+    """The best choice that was measured, and what is to be said of the search.
+
+    Args:
+      zeros: of the mask of every step.
+    """
     removed, best = min(state.seen, key=lambda pair: pair[1])
     ranked = np.sort(np.asarray(state.scores))
     margin = float(ranked[remove] - ranked[remove - 1])
@@ -113,6 +117,7 @@ def found(state: State, free: tuple[int, ...], remove: int) -> Mask:
         "held_out_steps": [float(step) for step, _ in state.looks],
         "held_out_curve": [value for _, value in state.looks],
         "loss_curve": [float(f"{value:.6g}") for value in state.losses],
+        "removed_curve": [float(count) for count in zeros],
     }
     warnings = []
     if not state.moved:

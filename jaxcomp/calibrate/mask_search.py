@@ -206,7 +206,8 @@ def search_mask(
                 *(name, state.done, how.steps, len(zeros), state.losses[-1], state.looks[-1][1]),
             )
         tell()
-    return found(state, free, remove)
+    ones = (_schedule(how, step, remove, len(free))[0] for step in range(how.steps))
+    return found(state, free, remove, [len(free) - count for count in ones])
 
 
 def check_search(

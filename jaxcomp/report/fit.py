@@ -78,6 +78,15 @@ def held_out(rows: list[Row]) -> dict[float, float]:
     return {}
 
 
+def stages(rows: list[Row]) -> dict[int, int]:
+    """Of a search that removes more and more: the record of the loss → how many from there on."""
+    for row in rows:
+        if curve := row.metrics.get("removed_curve"):
+            pairs = enumerate(zip([0, *curve], curve, strict=False), 1)
+            return {record: int(now) for record, (before, now) in pairs if now != before}
+    return {}
+
+
 def site_clips(rows: list[Row]) -> Curves:
     """Clip factors of the activation at each site along depth."""
     curves: Curves = {}
@@ -131,6 +140,10 @@ def _draw_losses(axis: Any, rows: list[Row]) -> None:
     if held := held_out(rows):
         axis.plot(list(held), list(held.values()), "o-", color=AFTER, markersize=4, linewidth=0.8)
     axis.set_yscale("log")
+    for record, count in stages(rows).items():
+        axis.axvline(record, color=QUIET, linewidth=0.6, alpha=0.5, zorder=0)
+        name = f" {count} removed" if count == 1 else f" {count}"
+        axis.text(record, 0.99, name, transform=axis.get_xaxis_transform(), va="top", fontsize=8)
     if held:
         label_ends(axis, [(list(held.values())[-1], "held out", AFTER)])
     axis.set_title("loss during the fit")

@@ -41,6 +41,8 @@ def test_the_search_alone_leaves_the_weights_and_says_what_it_found(model, tmp_p
     assert {r.step for r in result.rows} == {CHOICE} and {0, 4} <= set(result.model.kept)
     whole = result.rows[0].metrics
     assert whole["held_out_best"] <= whole["held_out_start"] and len(whole["loss_curve"]) == 8
+    counts = whole["removed_curve"]
+    assert counts == sorted(counts) and (counts[0], counts[-1], len(counts)) == (1, 2, 8)
     plan = load_plan(path)
     assert plan.removed == gone and plan.metric == "e3" and plan.scores[0] is None
     plan.check(model)

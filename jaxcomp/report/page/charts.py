@@ -167,12 +167,16 @@ def _losses(rows: list[Row]) -> Html:
         place = f"--t:{100 * i / max(len(curves) - 1, 1):.0f}%"
         lines.append(line(axes, kept, "cool", 1.2, style=place, title=told))
     first, last = (next(iter(curves)), next(reversed(curves)))
+    notes = [f"one record in {every}"] if every > 1 else []
+    if stages := fit.stages(rows):
+        told = (f"{count} from record {record}" for record, count in stages.items())
+        notes.append(f"blocks removed at a time: {', '.join(told)}")
     return figure(
         "Loss during the fit",
         axes,
         lines,
         dots(axes, held, "after", 6) if held else None,
-        note=f"one record in {every}" if every > 1 else "",
+        note="; ".join(notes),
         described="the whole model" if whole else f"{len(curves)} blocks",
         x_name="record of the loss; dots: text that was not trained on"
         if whole

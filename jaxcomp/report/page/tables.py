@@ -13,6 +13,7 @@ IN_CHARTS = (
     "loss_curve",
     "held_out_curve",
     "held_out_steps",
+    "removed_curve",
     "clip_low",
     "clip_high",
     "kl",
