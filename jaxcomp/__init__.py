@@ -31,6 +31,7 @@ _NAMES = {
     "MaskSearch": "jaxcomp.calibrate.mask_search",
     "Override": "jaxcomp.core.scheme",
     "Perplexity": "jaxcomp.evals",
+    "MergeBlocks": "jaxcomp.methods",
     "PruneBlocks": "jaxcomp.methods",
     "QTensor": "jaxcomp.core.quantize",
     "QuaRot": "jaxcomp.methods",

@@ -19,6 +19,7 @@ from jaxcomp import (
     FuseGPT,
     LinearPatch,
     MaskSearch,
+    MergeBlocks,
     Perplexity,
     PruneBlocks,
     QuantSpec,
@@ -48,6 +49,7 @@ def study() -> Study:
         rows=(
             *(row for metric in CHOOSE for row in chosen(metric)),
             *(row for kind in PATCHES for row in patched(kind)),
+            *merged(5),
             *map(quantized, (0, 3, 5, 8)),
             *trained(5),
         ),
@@ -72,6 +74,14 @@ def chosen(metric: str) -> list[StudyRow]:
 
 def patched(kind: str) -> list[StudyRow]:
     return [row(f"bi + {kind}", n, FREE, prune(n), LinearPatch(kind)) for n in (3, 5, 8)]
+
+
+def merged(n: int) -> list[StudyRow]:
+    """Neighbours made one, where the walk goes and at the end."""
+    return [
+        row("LaCo, three at a time", n, FREE, MergeBlocks("laco", remove=n)),
+        row("the last two merged", n, FREE, MergeBlocks("last", remove=n)),
+    ]
 
 
 def quantized(n: int) -> StudyRow:

@@ -8,6 +8,7 @@ from jaxcomp.methods.flatquant import FlatQuant
 from jaxcomp.methods.fusegpt import FuseGPT
 from jaxcomp.methods.gptq import GPTQ
 from jaxcomp.methods.linearpatch import LinearPatch
+from jaxcomp.methods.merge_blocks import MergeBlocks
 from jaxcomp.methods.prune_blocks import PruneBlocks
 from jaxcomp.methods.quarot import QuaRot
 from jaxcomp.methods.rtn import RTN
@@ -25,6 +26,7 @@ METHODS = {
     "Distill": Distill,  # train weights, additions, norms or patches on the original's top words
     "AutoBits": AutoBits,  # choose widths under a budget by that, then let a method quantize
     "PruneBlocks": PruneBlocks,  # remove the blocks that are missed least
+    "MergeBlocks": MergeBlocks,  # neighbours become one by a weighted sum; a baseline
     "LinearPatch": LinearPatch,  # put a linear map where blocks were removed
     "E3Pruner": E3Pruner,  # search which blocks go by descent on scores, then distil the rest
     "FuseGPT": FuseGPT,  # remove blocks one by one, fuse their weights into their neighbours
@@ -41,6 +43,7 @@ __all__ = [
     "FlatQuant",
     "FuseGPT",
     "LinearPatch",
+    "MergeBlocks",
     "PruneBlocks",
     "QuaRot",
     "Sensitivity",

@@ -131,6 +131,12 @@ CASES |= {
         "by influence, then RTN": lambda m, bits: (m(1), RTN(QuantSpec(bits), act=Q8, kv=KV8)),
         "one by one, then GPTQ": lambda m, bits: (m(1, "sleb"), GPTQ(QuantSpec(bits))),
     },
+    "MergeBlocks": {
+        "last, then RTN": lambda m, bits: (
+            m("last", 1, alpha=1.0, protect=(0, 1)),
+            RTN(QuantSpec(bits), act=Q8, kv=KV8),
+        ),
+    },
     "LinearPatch": {
         "hadamard, then RTN": lambda m, bits: (m(remove=1), RTN(QuantSpec(bits), act=Q8, kv=KV8)),
         "scalar, then GPTQ": lambda m, bits: (m("scalar", blocks=(1,)), GPTQ(QuantSpec(bits))),
@@ -206,6 +212,7 @@ TRANSFORMS = {
         kind: lambda m, kind=kind: m(kind, remove=1)
         for kind in ("hadamard", "diag", "scalar", "lstsq", "mlp_branch")
     },
+    "MergeBlocks": {"last, all of the former": lambda m: m("last", 1, alpha=1.0, protect=(0, 1))},
     "E3Pruner": {"alone": lambda m: m(1, search=HUNT, recover=None, protect=(0, 0))},
     "FuseGPT": {
         kind: lambda m, kind=kind: m(
@@ -215,8 +222,8 @@ TRANSFORMS = {
     },
 }
 # Methods whose cases remove one block, and the steps whose rows are about what they were given.
-DEPTH = ("PruneBlocks", "LinearPatch", "E3Pruner", "FuseGPT")
-BEFORE = ("PruneBlocks", "LinearPatch choice", "E3Pruner choice", "FuseGPT")
+DEPTH = ("PruneBlocks", "MergeBlocks", "LinearPatch", "E3Pruner", "FuseGPT")
+BEFORE = ("PruneBlocks", "MergeBlocks", "LinearPatch choice", "E3Pruner choice", "FuseGPT")
 # Methods that train the whole model at once.
 WHOLE = ("Distill",)
 # method → the parts of the model outside the blocks that it changes, in function-preserving ways.
@@ -250,6 +257,7 @@ CI_CASES = (
     "AutoBits/by site",
     "Distill/additions, then RTN",
     "PruneBlocks/by influence, then RTN",
+    "MergeBlocks/last, then RTN",
     "LinearPatch/hadamard, then RTN",
     "E3Pruner/both stages, then RTN",
     "FuseGPT/then RTN",
