@@ -30,7 +30,7 @@ from jaxcomp.report import (
     sizes,
     to_json,
 )
-from jaxcomp.report.fit import stages
+from jaxcomp.report.fit import fits, stages
 from jaxcomp.report.html import render_html
 from jaxcomp.report.structure import site_text
 from jaxcomp.report.style import spread_apart
@@ -210,6 +210,19 @@ def test_the_picture_of_a_fit_shows_what_was_recorded(clips, errors, tmp_path):
     plot_fit(report(rows=rows), tmp_path / "fit.png")
     panels = 1 + errors + 2 * clips
     assert shown(tmp_path / "fit.png").shape[0] > 480 * ((panels + 1) // 2)
+
+
+def test_steps_that_fitted_something_have_a_panel_each(tmp_path):
+    search = Row("Search", None, None, {"loss_curve": [0.1, 0.2]})
+    given = report(rows=(search, *fit_rows(clips=False, errors=False)))
+    assert [*fits(given)] == ["Search", "Fit"]
+    plot_fit(given, tmp_path / "two.png")
+    plot_fit(report(rows=(search,)), tmp_path / "one.png")
+    two, one = (shown(tmp_path / f"{name}.png") for name in ("two", "one"))
+    assert two.shape[1] > 1.5 * one.shape[1]
+    text = render_html(given)
+    assert "Search: loss during the fit" in text and "Fit: loss during the fit" in text
+    assert "did in Search, on the whole model; in Fit, block by block." in text
 
 
 def test_the_picture_of_a_search_says_how_many_blocks_it_removes_when(tmp_path):

@@ -1,5 +1,6 @@
 """The picture of a fit by gradient descent: losses, and the clip factors that were learned."""
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +28,7 @@ Curves = dict[str, dict[str, dict[int, float]]]  # name → "clip_low", "clip_hi
 
 
 def plot_fit(report: Report, path: str | os.PathLike) -> None:
-    """Draws what the last step that fitted something reported, as a PNG.
+    """Draws what the steps that fitted something reported, as a PNG.
 
     The rows of such a step hold, for a block or the model: `loss_curve`, `mse_before`, `mse_after`,
     `mse_rounding`, and `clip_low:SITE`, `clip_high:SITE`; for a linear: `clip_low`, `clip_high`.
@@ -36,30 +37,33 @@ def plot_fit(report: Report, path: str | os.PathLike) -> None:
     Raises:
       ValueError: no step has a loss curve.
     """
-    rows = fit_rows(report)
-    if not rows:
+    found = fits(report)
+    if not found:
         raise ValueError("no step of this report has a loss curve; there is nothing to draw")
-    panels: list[Callable[[Any], None]] = [lambda axis: _draw_losses(axis, rows)]
-    if errors := fit_errors(rows):
-        panels.append(lambda axis: _draw_errors(axis, errors))
-    for what, curves in (("activations", site_clips(rows)), ("weights", linear_clips(rows))):
-        if curves:
-            panels.append(lambda axis, c=curves, w=what: _draw_clips(axis, c, w))
+    panels: list[Callable[[Any], None]] = []
+    for name, rows in found.items():
+        title = f"{name}: loss during the fit" if len(found) > 1 else "loss during the fit"
+        panels.append(functools.partial(_draw_losses, rows=rows, title=title))
+        if errors := fit_errors(rows):
+            panels.append(functools.partial(_draw_errors, errors=errors))
+        for what, curves in (("activations", site_clips(rows)), ("weights", linear_clips(rows))):
+            if curves:
+                panels.append(functools.partial(_draw_clips, curves=curves, what=what))
     lines = (len(panels) + 1) // 2
     with picture(path, 10.4 if len(panels) > 1 else 5.6, 3.2 * lines + 0.9) as figure:
         for i, draw in enumerate(panels):
             draw(figure.add_subplot(lines, min(len(panels), 2), i + 1))
         bands = "bands reach from the factor of the least value to that of the greatest"
-        clips = any(side.startswith("clip_") for row in rows for side in row.metrics)
-        headline(
-            figure, f"{short_name(report.source)}: fit of {rows[0].step}", bands if clips else ""
-        )
+        sides = (key for rows in found.values() for row in rows for key in row.metrics)
+        clips = any(key.startswith("clip_") for key in sides)
+        names = ", ".join(found)
+        headline(figure, f"{short_name(report.source)}: fit of {names}", bands if clips else "")
 
 
-def fit_rows(report: Report) -> list[Row]:
-    """The rows of the last step in which a block has a loss curve."""
+def fits(report: Report) -> dict[str, list[Row]]:
+    """Step → its rows, of the steps in which a block or the model has a loss curve."""
     steps = [row.step for row in report.rows if row.metrics.get("loss_curve")]
-    return [row for row in report.rows if steps and row.step == steps[-1]]
+    return {name: [row for row in report.rows if row.step == name] for name in steps}
 
 
 def whole_model(rows: list[Row]) -> bool:
@@ -132,7 +136,7 @@ def clip_limits(low: float, high: float) -> tuple[float, float]:
     return middle - half, middle + half
 
 
-def _draw_losses(axis: Any, rows: list[Row]) -> None:
+def _draw_losses(axis: Any, rows: list[Row], title: str) -> None:
     fits = [row for row in rows if row.metrics.get("loss_curve")]
     for row, colour in zip(fits, shades(DEPTH_AFTER, len(fits)), strict=True):
         losses = [number(loss) for loss in row.metrics["loss_curve"]]
@@ -142,11 +146,11 @@ def _draw_losses(axis: Any, rows: list[Row]) -> None:
     axis.set_yscale("log")
     for record, count in stages(rows).items():
         axis.axvline(record, color=QUIET, linewidth=0.6, alpha=0.5, zorder=0)
-        name = f" {count} removed" if count == 1 else f" {count}"
-        axis.text(record, 0.99, name, transform=axis.get_xaxis_transform(), va="top", fontsize=8)
+        place = axis.get_xaxis_transform()
+        axis.text(record, 0.99, f" {count}", transform=place, va="top", fontsize=8)
     if held:
         label_ends(axis, [(list(held.values())[-1], "held out", AFTER)])
-    axis.set_title("loss during the fit")
+    axis.set_title(f"{title}; above, blocks removed" if stages(rows) else title)
     axis.set_xlabel("record of the loss, in order")
     axis.set_ylabel("loss of the model" if whole_model(rows) else "loss of the block")
     axis.xaxis.get_major_locator().set_params(integer=True)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from jaxcomp.core.files import canonical
 from jaxcomp.models.decoder import Decoder
 from jaxcomp.report.depth import depth_text, has_depth
-from jaxcomp.report.fit import fit_rows, whole_model
+from jaxcomp.report.fit import fits, whole_model
 from jaxcomp.report.page import charts, tables
 from jaxcomp.report.page.cards import cards
 from jaxcomp.report.page.markup import Html, el
@@ -133,13 +133,16 @@ def _sections(
         "as coarse as its largest channel needs; on the dashed line all would be alike. "
         "f is the channels' distance from that line over their norm, mean of the blocks.",
     )
-    fits = fit_rows(report)
-    of_what = "on the whole model" if whole_model(fits) else "block by block"
+    found = fits(report)
+    told = (
+        f"{name}, {'on the whole model' if whole_model(rows) else 'block by block'}"
+        for name, rows in found.items()
+    )
     yield Section(
         "fit",
         "Fit",
-        [charts.fit_charts(fits)] if fits else [],
-        f"What gradient descent did in {fits[0].step}, {of_what}." if fits else None,
+        [charts.fit_charts(rows, name if len(found) > 1 else "") for name, rows in found.items()],
+        f"What gradient descent did in {'; in '.join(told)}." if found else None,
     )
     yield Section("sensitivity", "Sensitivity", sensitivity_section(report))
     yield Section("recipe", "Recipe", recipe_section(report) if report.recipe else [])

@@ -4,7 +4,7 @@ import os
 import pathlib
 
 from jaxcomp.report.depth import has_depth, plot_depth
-from jaxcomp.report.fit import fit_rows, plot_fit
+from jaxcomp.report.fit import fits, plot_fit
 from jaxcomp.report.flatness import plot_flatness
 from jaxcomp.report.plot import plot_report
 from jaxcomp.report.record import Report, linear_error
@@ -17,7 +17,7 @@ PICTURES = {
     ),
     "depth.png": (lambda r: has_depth(r.comparison.get("depth", {})), plot_depth),
     "flatness.png": (lambda r: bool(r.comparison.get("flatness")), plot_flatness),
-    "fit.png": (lambda r: bool(fit_rows(r)), plot_fit),
+    "fit.png": (lambda r: bool(fits(r)), plot_fit),
 }
 
 

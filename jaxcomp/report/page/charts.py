@@ -138,9 +138,13 @@ def _flatness_panel(axes: Axes, entries: list[dict[str, Any]], kind: str, shade:
     )
 
 
-def fit_charts(rows: list[Row]) -> Html:
-    """Losses, errors before and after, and clip factors of the rows of a fit."""
-    panels = [_losses(rows)]
+def fit_charts(rows: list[Row], step: str = "") -> Html:
+    """Losses, errors before and after, and clip factors of the rows of a fit.
+
+    Args:
+      step: for the heading, where there are several.
+    """
+    panels = [_losses(rows, f"{step}: loss during the fit" if step else "Loss during the fit")]
     if errors := fit.fit_errors(rows):
         panels.append(_fit_errors(errors))
     for what, curves in (
@@ -152,7 +156,7 @@ def fit_charts(rows: list[Row]) -> Html:
     return el("div", panels, class_="panels two")
 
 
-def _losses(rows: list[Row]) -> Html:
+def _losses(rows: list[Row], heading: str) -> Html:
     fits = [row for row in rows if row.metrics.get("loss_curve")]
     curves = {row.block: [number(loss) for loss in row.metrics["loss_curve"]] for row in fits}
     longest = max(map(len, curves.values()))
@@ -172,7 +176,7 @@ def _losses(rows: list[Row]) -> Html:
         told = (f"{count} from record {record}" for record, count in stages.items())
         notes.append(f"blocks removed at a time: {', '.join(told)}")
     return figure(
-        "Loss during the fit",
+        heading,
         axes,
         lines,
         dots(axes, held, "after", 6) if held else None,
