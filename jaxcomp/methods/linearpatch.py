@@ -3,8 +3,9 @@
 With X_s before the blocks [s, e) that are gone and X_e behind them, x → x P at the cut:
     hadamard    P = H diag(c) Hᵀ,  c_k = mean |X_e H|_k / mean |X_s H|_k
     diag        the same with H = I
-    scalar      P = α I,  α = mean ‖X_e‖ / ‖X_s‖ over tokens; folds exactly into what writes X_s:
-                the embedding (a tied head becomes its own) and the blocks before the cut
+    scalar      P = α I,  α = mean ‖X_e‖ / ‖X_s‖ over tokens; folds: behind the cut the
+                stream is α times smaller than it should be, and so is all that is added to it;
+                norms see no difference
     lstsq       P = I + argmin_M ‖X_s M − (X_e − X_s)‖² + λ‖M‖², in closed form
     mlp_branch  the same for what the feed-forward unit before the cut adds, M ← M T, which folds
                 into ffn.down
@@ -21,18 +22,19 @@ paper's by default and the code's on request, and a run of removed blocks gets o
 paper's appendix gives every block its own. Scalar follows Prune&Comp, 2507.18212; lstsq Ghosted
 Layers, 2605.15491; mlp_branch ReplaceMe, 2505.02819. Departures: the ridge pulls towards the
 identity and is measured by the median channel; scalar's α is a mean over tokens, which one massive
-token cannot bend.
+token cannot bend, and it folds behind the cut; scaling what stands before it, as the paper does,
+takes the embedding too, and with it a head of its own where the two are tied.
 """
 
 import dataclasses
 import functools
+import math
 import typing
 from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxcomp.calibrate.cuts import Inputs, fit_cuts
 from jaxcomp.calibrate.importance import Selection, choose_blocks, plan_rows, plan_selection
@@ -56,9 +58,7 @@ from jaxcomp.calibrate.stream import (
     check_text,
 )
 from jaxcomp.core.hadamard import hadamard_base, no_hadamard
-from jaxcomp.core.linear import Linear
 from jaxcomp.core.metrics import Row
-from jaxcomp.core.quantize import QTensor
 from jaxcomp.core.tree import get_at, replace_at
 from jaxcomp.models.anatomy import anatomy
 from jaxcomp.models.decoder import Block, Decoder, block_struct
@@ -173,7 +173,7 @@ class LinearPatch:
                 "block is left to carry a patch"
             )
             rows.append(Row(NAME, None, None, {"warning 1": why}))
-        return Result(self._ends(result.model, patches), rows)
+        return Result(result.model, rows)
 
     def _fits(
         self, model: Decoder, original: Decoder, calib: Calibration | None, run: Run
@@ -224,10 +224,9 @@ class LinearPatch:
                 self._check_folding(block)
             except ValueError as error:
                 raise ValueError(f"block {i}, {error}") from None
-        if self.kind == "scalar" and self.fold and isinstance(model.embed.weight, QTensor):
+        if self.kind == "scalar" and self.folds and model.norm is None:
             raise ValueError(
-                "the embedding is quantized already and can absorb nothing; put LinearPatch before "
-                "the step that quantizes, or use fold=False"
+                "anatomy: no norm stands before the head to take the scale back; use fold=False"
             )
 
     def _check_cuts(self, model: Decoder, original: Decoder | None = None) -> None:
@@ -278,10 +277,6 @@ class LinearPatch:
         for i in missing if not self.folds else ():
             blocks[i] = blocks[i].replace(patch=patch)
         result = pruned.replace(blocks=tuple(blocks))
-        if self.kind == "scalar" and self.folds:
-            result = jax.eval_shape(lambda: _untied(result.replace(blocks=()))).replace(
-                blocks=result.blocks
-            )
         return ModelPlan(programs, kept + 2 * batches * tree_bytes(hidden), result)
 
     def found(self, rows: Iterable[Row]) -> "LinearPatch":
@@ -294,15 +289,6 @@ class LinearPatch:
     def _by_hand(self, n_blocks: int) -> DepthPlan:
         return DepthPlan(n_blocks, check_removed(self.blocks, n_blocks))
 
-    def _ends(self, model: Decoder, patches: dict[int, Patch]) -> Decoder:
-        """The model with the part of a folded scalar that its embedding takes."""
-        if not (self.kind == "scalar" and self.folds):
-            return model
-        model = _untied(model)
-        table, alpha = model.embed.weight, _alpha(patches, -1)
-        scaled = (jnp.asarray(table, jnp.float32) * alpha).astype(table.dtype)
-        return model.replace(embed=model.embed.replace(weight=scaled))
-
 
 def put_patch(
     cfg: LinearPatch,
@@ -314,8 +300,8 @@ def put_patch(
     block, i = step.block, step.index
     metrics: Metrics = {"": found.get(i, {})}
     if cfg.kind == "scalar" and cfg.folds:
-        alpha = _alpha(patches, i)
-        return (block if alpha == 1.0 else scale_stream(block, alpha)), metrics
+        before = [float(p.transforms[0].scale[0]) for at, p in patches.items() if at <= i]
+        return (scale_stream(block, 1 / math.prod(before)) if before else block), metrics
     if cfg.kind == "mlp_branch":
         if (after := patches.get(i + 1)) is None:
             return block, metrics
@@ -327,15 +313,3 @@ def put_patch(
         return block, metrics
     patch = patches.get(i)
     return (block if patch is None else block.replace(patch=patch)), metrics
-
-
-def _alpha(patches: dict[int, Patch], block: int) -> float:
-    """By how much the block's writers are scaled: the cuts behind it; −1 is the embedding."""
-    behind = [p for at, p in patches.items() if at > block]
-    return float(np.prod([float(p.transforms[0].scale[0]) for p in behind]))
-
-
-def _untied(model: Decoder) -> Decoder:
-    if model.lm_head is not None:
-        return model
-    return model.replace(lm_head=Linear(jnp.asarray(model.embed.weight).T))

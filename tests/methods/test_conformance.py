@@ -227,7 +227,7 @@ BEFORE = ("PruneBlocks", "MergeBlocks", "LinearPatch choice", "E3Pruner choice",
 # Methods that train the whole model at once.
 WHOLE = ("Distill",)
 # method → the parts of the model outside the blocks that it changes, in function-preserving ways.
-REWRITES = {"QuaRot": ("embed", "norm", "lm_head"), "LinearPatch": ("embed", "lm_head")}
+REWRITES = {"QuaRot": ("embed", "norm", "lm_head")}
 # (method/setting, family) → why the anatomy of the family does not allow it.
 REFUSALS: dict[tuple[str, str], str] = {
     (f"QuaRot/{setting}", family): "a norm stands between a unit and the residual stream"

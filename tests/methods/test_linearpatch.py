@@ -61,13 +61,15 @@ def test_a_cut_at_the_very_end_is_named(model):
 @pytest.mark.parametrize("family", ["qwen2", "gemma3_text", "olmo2", "phi3"])
 @pytest.mark.parametrize("blocks", [(2, 3), (1, 3)])
 def test_a_folded_scalar_is_the_patch(family, blocks):
-    """Tied heads, biases, a scaled embedding, norms behind the units: what writes is scaled."""
+    """Biases, norms behind the units and none before them: what writes behind a cut is scaled, and
+    nothing else changes, so a tied head stays tied."""
     model = tiny.model(family, jax.random.key(0), num_hidden_layers=5)
     folded = LinearPatch("scalar", blocks=blocks)(model, CALIB).model
     explicit = LinearPatch("scalar", blocks=blocks, fold=False)(model, CALIB).model
     assert not patched_at(folded) and patched_at(explicit)
     planned = check_steps(model, (LinearPatch("scalar", blocks=blocks),), CALIB)
-    assert folded.lm_head is not None and planned.lm_head is not None
+    assert folded.lm_head is model.lm_head and folded.embed is model.embed
+    assert (planned.lm_head is None) == (model.lm_head is None)
     a, b = forward(folded, TOKENS), forward(explicit, TOKENS)
     np.testing.assert_allclose(a, b, atol=1e-3 * float(jnp.abs(b).max()))
     assert np.abs(a - forward(drop(model, blocks), TOKENS)).max() > 0.01 * float(jnp.abs(b).max())
