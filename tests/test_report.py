@@ -142,6 +142,29 @@ def test_reports_with_little_in_them_print_too():
     assert "RTN: relative weight error" in text and "Prune" in text
 
 
+def test_a_step_without_weights_shows_the_numbers_of_its_blocks_and_what_it_found():
+    rows = (
+        Row(
+            "Prune",
+            0,
+            None,
+            {"removed": 0, "score": 0.25, "curve": [1.0], "influence_1": 0.75},
+            1.0,
+        ),
+        Row("Prune", 1, None, {"removed": 1, "score": 0.125}, 2.0),
+        Row("Prune", None, None, {"metric": "bi", "margin": 0.5, "warning 1": "[too] close"}),
+        Row("Rotate", 0, None, {}, 30.0),
+        Row("Rotate", 1, None, {}, 31.0),
+    )
+    lines = [line.split() for line in printed(Report("x", {}, rows)).splitlines()]
+    assert ["block", "removed", "score"] in lines
+    assert ["0", "0.25"] in lines and ["1", "yes", "0.125"] in lines
+    assert "Prune: metric bi · margin 0.5".split() in lines
+    assert "Prune, warning: [too] close".split() in lines
+    assert "Rotate 2 blocks in 61 s".split() in lines
+    assert not any("0.75" in line or "curve" in line for line in lines)
+
+
 def comparison(**changes):
     channels = lambda top: {"flatness": 0.1 * top, "rms": 1.0, "channels": [top, 1.0, 0.5]}  # noqa: E731
     sides = {"before": channels(9.0), "after": channels(2.0)}

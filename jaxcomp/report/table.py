@@ -14,18 +14,19 @@ from jaxcomp.report.pictures import picture_names
 from jaxcomp.report.record import Report, linear_error
 
 WORST = 3  # linears that the table points out
+COLUMNS = 6  # numbers of a block that fit a terminal
 
 Numbers = dict[str, dict[str, Any]]  # name of the evaluation → name of the number → number
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
-    """Prints the tables: a line per block and step, evaluations, sizes, time and memory."""
+    """Prints what every step did, evaluations, sizes, time and memory."""
     console = console or Console()
     when = f" · {report.started}" if report.started else ""
     console.print(f"[bold]{escape(report.source)}[/]{when}\n", highlight=False)
     for step in dict.fromkeys(row.step for row in report.rows):
         rows = [row for row in report.rows if row.step == step]
-        console.print(_step_table(step, rows))
+        _print_step(console, step, rows)
     if report.evals_before or report.evals_after:
         console.print(eval_table(report.evals_before, report.evals_after))
     if report.sizes:
@@ -84,34 +85,87 @@ def plain_table(title: str, *columns: str) -> Table:
     return table
 
 
-def _step_table(step: str, rows: list[Row]) -> Table:
-    """A line per block, a column per kind of linear; the worst linears stand out."""
+def _print_step(console: Console, step: str, rows: list[Row]) -> None:
+    """The errors of a step's linears, or the numbers of its blocks; then of the whole model."""
     errors = {(r.block, r.linear): linear_error(r) for r in rows if linear_error(r) is not None}
+    whole = {
+        k: v for r in rows if r.block is None and r.linear is None for k, v in r.metrics.items()
+    }
+    if errors:
+        console.print(_error_table(step, rows, errors))
+    elif (table := _number_table(step, rows)).row_count:
+        console.print(table)
+    else:
+        blocks, seconds = len(_by_block(rows)), sum(row.seconds for row in rows)
+        told = [f"{blocks} blocks" if blocks else "", duration(seconds)]
+        console.print(f"[bold]{escape(step)}[/] {' in '.join(filter(None, told))}", highlight=False)
+    facts = {k: v for k, v in whole.items() if not isinstance(v, list) and not _is_warning(k)}
+    if facts:
+        told = (f"{k.replace('_', ' ')} {number_text(v)}" for k, v in facts.items())
+        console.print(f"[dim]{escape(step)}:[/] {' · '.join(told)}", highlight=False)
+    for text in (v for k, v in whole.items() if _is_warning(k)):
+        console.print(f"[yellow]{escape(step)}, warning: {escape(text)}[/]", highlight=False)
+    console.print()
+
+
+def _error_table(step: str, rows: list[Row], errors: dict[tuple, float]) -> Table:
+    """A line per block, a column per kind of linear; the worst linears stand out."""
     kinds = list(dict.fromkeys(linear for _, linear in errors))
     worst = set(sorted(errors, key=errors.get, reverse=True)[:WORST])
-    seconds: dict[Any, float] = {}
-    for row in rows:
-        seconds[row.block] = seconds.get(row.block, 0.0) + row.seconds
     unit = "output" if any("error_after" in r.metrics for r in rows) else "weight"
-    title = f"{step}: relative {unit} error" if errors else step
-    table = plain_table(title, "block", *(kind.rpartition(".")[2] for kind in kinds), "bits", "s")
-    for block in seconds:
-        bits = [r.metrics["bits"] for r in rows if r.block == block and "bits" in r.metrics]
+    names = (kind.rpartition(".")[2] for kind in kinds)
+    table = plain_table(f"{step}: relative {unit} error", "block", *names, "bits", "s")
+    for block, own in _by_block(rows).items():
+        bits = [r.metrics["bits"] for r in own if "bits" in r.metrics]
         cells = []
         for kind in kinds:
             value = errors.get((block, kind))
             text = "" if value is None else _short(value)
             cells.append(f"[bold red]{text}[/]" if (block, kind) in worst else text)
         mean_bits = f"{statistics.fmean(bits):.3g}" if bits else ""
-        name = "model" if block is None else str(block)
-        table.add_row(name, *cells, mean_bits, f"{seconds[block]:.1f}")
-    if kinds:
-        table.add_section()
-        for name, key in (("mean", None), ("before", "error_before")):
-            means = [_mean(_pick(rows, kind, key)) for kind in kinds]
-            if any(means):
-                table.add_row(f"[bold]{name}[/]", *means, "", "")
+        table.add_row(str(block), *cells, mean_bits, f"{sum(r.seconds for r in own):.1f}")
+    table.add_section()
+    for name, key in (("mean", None), ("before", "error_before")):
+        means = [_mean(_pick(rows, kind, key)) for kind in kinds]
+        if any(means):
+            table.add_row(f"[bold]{name}[/]", *means, "", "")
     return table
+
+
+def _number_table(step: str, rows: list[Row]) -> Table:
+    """A line per block that has something to say, a column per number; removed blocks stand out."""
+    found = {block: _numbers(own) for block, own in _by_block(rows).items()}
+    keys = list(dict.fromkeys(key for numbers in found.values() for key in numbers))[:COLUMNS]
+    table = plain_table(step, "block", *(key.replace("_", " ") for key in keys))
+    for block, numbers in found.items():
+        cells = [number_text(numbers.get(key)) for key in keys]
+        if any(cells):
+            gone = numbers.get("removed")
+            table.add_row(str(block), *cells, style="bold red" if gone else None)
+    return table
+
+
+def _by_block(rows: list[Row]) -> dict[int, list[Row]]:
+    """The rows of every block, without those of the whole model."""
+    found: dict[int, list[Row]] = {}
+    for row in rows:
+        if row.block is not None:
+            found.setdefault(row.block, []).append(row)
+    return found
+
+
+def _numbers(rows: list[Row]) -> dict[str, Any]:
+    """What the rows of a block itself say, but curves and what is measured again every round."""
+    values = {k: v for r in rows if r.linear is None for k, v in r.metrics.items()}
+    return {
+        k: ("yes" if v else "") if k == "removed" else v
+        for k, v in values.items()
+        if not isinstance(v, list) and not k.rpartition("_")[2].isdigit()
+    }
+
+
+def _is_warning(key: str) -> bool:
+    return key.startswith("warning ")
 
 
 def _pick(rows: list[Row], kind: str, key: str | None) -> Iterable[float]:
