@@ -79,7 +79,7 @@ def patched(kind: str) -> list[StudyRow]:
 def merged(n: int) -> list[StudyRow]:
     """Neighbours made one, where the walk goes and at the end."""
     return [
-        row("LaCo, three at a time", n, FREE, MergeBlocks("laco", remove=n)),
+        row("LaCo, two at a time", n, FREE, MergeBlocks("laco", remove=n, span=2)),
         row("the last two merged", n, FREE, MergeBlocks("last", remove=n)),
     ]
 
