@@ -45,7 +45,7 @@ def page(name: str, cls: type, recipes: list[tuple[pathlib.Path, dict[str, str]]
     module = importlib.import_module(cls.__module__)
     title, _, body = inspect.getdoc(module).partition("\n")
     source = pathlib.Path(module.__file__).relative_to(ROOT)
-    parts = [f"# {name}", title.partition(": ")[2].capitalize(), fenced(body.strip())]
+    parts = [f"# {name}", title.partition(": ")[2].capitalize(), fenced(body.strip("\n"))]
     parts += [f"The code: [`{source}`](../../{source}).", "## Settings", settings(cls)]
     parts += ["## Recipes and what they reach", table(recipes)] if recipes else []
     return "\n\n".join(parts) + "\n"

@@ -165,6 +165,26 @@ def test_a_step_without_weights_shows_the_numbers_of_its_blocks_and_what_it_foun
     assert not any("0.75" in line or "curve" in line for line in lines)
 
 
+def test_linears_outside_the_blocks_have_a_line_and_wide_tables_are_cut_with_a_word():
+    rows = (
+        Row("RTN", 0, "attn.q", {"weight_error": 0.1, "bits": 4}),
+        Row("RTN", None, "embed and head", {"weight_error": 0.25, "bits": 8}),
+        Row(
+            "P[/x]",
+            0,
+            None,
+            {f"a[/b]{'long' * 8}{i}": 1.0 for i in range(4)} | {"error_after": 0.5},
+        ),
+        Row("Whole", None, None, {"steps": 3}),
+    )
+    text = printed(Report("x", {}, rows), 100)
+    lines = [line.split() for line in text.splitlines()]
+    assert ["model", "2.5e-1", "8", "0.0"] in lines
+    assert "error after" in text and "P[/x]" in text and "a[/b]long" in text
+    assert "more numbers of every block are in report.json" in text
+    assert lines.count(["Whole"]) == 0 and "Whole: steps 3".split() in lines
+
+
 def comparison(**changes):
     channels = lambda top: {"flatness": 0.1 * top, "rms": 1.0, "channels": [top, 1.0, 0.5]}  # noqa: E731
     sides = {"before": channels(9.0), "after": channels(2.0)}

@@ -96,7 +96,7 @@ def found(state: State, free: tuple[int, ...], remove: int, zeros: list[int]) ->
     """The best choice that was measured, and what is to be said of the search.
 
     Args:
-      zeros: of the mask of every step.
+      zeros: how many blocks the mask of each step removed.
     """
     removed, best = min(state.seen, key=lambda pair: pair[1])
     ranked = np.sort(np.asarray(state.scores))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxcomp.calibrate.stream import Calibration, Run
+from jaxcomp.calibrate.stream import Calibration, Run, check_finite
 from jaxcomp.models.decoder import Block, Decoder, iter_blocks, load_block
 from jaxcomp.models.layers import RMSNorm, rms_norm
 from jaxcomp.models.mix import weighted_sum
@@ -72,10 +72,11 @@ def find_merges(model: Decoder, calib: Calibration, how: Walk, run: Run, tick: T
     states = functools.cache(lambda: _states(model, calib, run))
     mixes, found = unmerged(len(model.blocks)), Found([], [])
     last = len(mixes) - how.protect[1]
-    at, left = last - how.span, how.remove or len(mixes)
+    left = how.remove or len(mixes)
+    count = min(how.span, left + 1)
+    at = last - count
     tick(0)
-    while at >= how.protect[0] and left:
-        count = min(how.span, left + 1)
+    while at >= how.protect[0]:
         trial = merge(mixes, at, count, how.kind, 0.5)
         make = functools.partial(_similarity, model, trial, at, states, run)
         number = len(found.scores)
@@ -84,7 +85,10 @@ def find_merges(model: Decoder, calib: Calibration, how: Walk, run: Run, tick: T
         if score > how.threshold:
             found.merges.append((at, count))
             mixes, left, last = trial, left - count + 1, last - count + 1
-            at = min(at - how.interval, last - how.span)
+            if not left:
+                break
+            count = min(how.span, left + 1)
+            at = min(at - how.interval, last - count)
         else:
             at -= 1
         tick(len(model.blocks) - max(at + 1, 0))
@@ -97,20 +101,35 @@ def mixed_block(model: Decoder, mix: Mix, first: Block | None = None) -> Block:
 
     Args:
       first: the block at `mix.first`, where the caller has it.
+
+    Raises:
+      ValueError: a weight of a block, or of their sum, is NaN or infinite.
     """
     first = load_block(model.blocks[mix.first]) if first is None else first
     if mix.weights == (1.0,):
         return first
     behind = {k: w for k, w in enumerate(mix.weights) if w and k}
-    blocks = (load_block(model.blocks[mix.first + k]) for k in behind)
-    return weighted_sum(first, blocks, (mix.weights[0], *behind.values()))
+    blocks = (_sound_block(model, mix.first + k) for k in behind)
+    block = weighted_sum(first, blocks, (mix.weights[0], *behind.values()))
+    last = mix.first + len(mix.weights) - 1
+    check_finite(block, f"blocks {mix.first} to {last} as one")
+    return block
+
+
+def _sound_block(model: Decoder, i: int) -> Block:
+    block = load_block(model.blocks[i])
+    check_finite(block, f"the weights of block {i}")
+    return block
 
 
 def _states(model: Decoder, calib: Calibration, run: Run) -> list[Hidden]:
     """What enters every block of the model, and what leaves the last."""
     states = [embed_batches(model, calib.tokens, calib.batch)]
-    for block in iter_blocks(model):
+    for i, block in enumerate(iter_blocks(model)):
         states.append(step_batches(jax.device_put(block), states[-1], place=run.place))
+        check_finite(states[-1], f"the states behind block {i}, batch")
+    same = [np.asarray(_cosines(model.norm, x, x)) for x in states[-1]]
+    check_finite(same, "the final states behind the norm, over their length, batch")
     return states
 
 

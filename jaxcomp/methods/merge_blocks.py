@@ -8,8 +8,8 @@
 
 How many blocks go is what a walk finds, at most `remove`. What is left has plain weights, which
 stock classes load; norms, and what else is no linear, are those of the first of the merged.
-Channels and heads of neighbours correspond by nothing but the residual stream: expect less than of
-removal with a patch.
+Channels and heads of neighbours correspond by nothing but the residual stream: expect less than
+from removal with a patch.
 
     MergeBlocks("laco", span=3, threshold=0.6)
     MergeBlocks("last", remove=5)
@@ -92,6 +92,12 @@ class MergeBlocks:
             raise ValueError(f"threshold={self.threshold} is outside [−1, 1); it is a cosine")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha={self.alpha} is outside [0, 1]; it is a share")
+        for one in self.merges:
+            if type(one) is not tuple or [*map(type, one)] != [int, int]:
+                raise ValueError(
+                    f"merges={self.merges}: {one!r} is no merge; write the first block and how "
+                    "many, as ((25, 3), (22, 3))"
+                )
         selection.candidates(1, self.protect)
 
     @property
@@ -195,7 +201,8 @@ class MergeBlocks:
             elif self.remove and len(absorbed(mixes)) < self.remove:
                 whole["warning 1"] = (
                     f"{len(absorbed(mixes))} of {self.remove} blocks are gone: the walk reached "
-                    f"the first; lower threshold={self.threshold}, or merge more at a time"
+                    f"the first; lower threshold={self.threshold} or interval={self.interval}, or "
+                    "merge more at a time"
                 )
         rows = [Row(NAME, i, None, numbers) for i, numbers in enumerate(metrics)]
         return [*rows, Row(NAME, None, None, whole)]

@@ -14,7 +14,6 @@ from jaxcomp.report.pictures import picture_names
 from jaxcomp.report.record import Report, linear_error
 
 WORST = 3  # linears that the table points out
-COLUMNS = 6  # numbers of a block that fit a terminal
 
 Numbers = dict[str, dict[str, Any]]  # name of the evaluation → name of the number → number
 
@@ -93,18 +92,18 @@ def _print_step(console: Console, step: str, rows: list[Row]) -> None:
     }
     if errors:
         console.print(_error_table(step, rows, errors))
-    elif (table := _number_table(step, rows)).row_count:
+    elif (table := _number_table(step, rows, console.width)).row_count:
         console.print(table)
-    else:
+    elif _by_block(rows) or not whole:
         blocks, seconds = len(_by_block(rows)), sum(row.seconds for row in rows)
-        told = [f"{blocks} blocks" if blocks else "", duration(seconds)]
+        told = [f"{blocks} block{'s' * (blocks != 1)}" if blocks else "", duration(seconds)]
         console.print(f"[bold]{escape(step)}[/] {' in '.join(filter(None, told))}", highlight=False)
     facts = {k: v for k, v in whole.items() if not isinstance(v, list) and not _is_warning(k)}
     if facts:
-        told = (f"{k.replace('_', ' ')} {number_text(v)}" for k, v in facts.items())
+        told = (f"{escape(k.replace('_', ' '))} {number_text(v)}" for k, v in facts.items())
         console.print(f"[dim]{escape(step)}:[/] {' · '.join(told)}", highlight=False)
     for text in (v for k, v in whole.items() if _is_warning(k)):
-        console.print(f"[yellow]{escape(step)}, warning: {escape(text)}[/]", highlight=False)
+        console.print(f"[yellow]{escape(step)}, warning: {escape(str(text))}[/]", highlight=False)
     console.print()
 
 
@@ -114,7 +113,7 @@ def _error_table(step: str, rows: list[Row], errors: dict[tuple, float]) -> Tabl
     worst = set(sorted(errors, key=errors.get, reverse=True)[:WORST])
     unit = "output" if any("error_after" in r.metrics for r in rows) else "weight"
     names = (kind.rpartition(".")[2] for kind in kinds)
-    table = plain_table(f"{step}: relative {unit} error", "block", *names, "bits", "s")
+    table = plain_table(f"{escape(step)}: relative {unit} error", "block", *names, "bits", "s")
     for block, own in _by_block(rows).items():
         bits = [r.metrics["bits"] for r in own if "bits" in r.metrics]
         cells = []
@@ -123,7 +122,8 @@ def _error_table(step: str, rows: list[Row], errors: dict[tuple, float]) -> Tabl
             text = "" if value is None else _short(value)
             cells.append(f"[bold red]{text}[/]" if (block, kind) in worst else text)
         mean_bits = f"{statistics.fmean(bits):.3g}" if bits else ""
-        table.add_row(str(block), *cells, mean_bits, f"{sum(r.seconds for r in own):.1f}")
+        name = "model" if block is None else str(block)
+        table.add_row(name, *cells, mean_bits, f"{sum(r.seconds for r in own):.1f}")
     table.add_section()
     for name, key in (("mean", None), ("before", "error_before")):
         means = [_mean(_pick(rows, kind, key)) for kind in kinds]
@@ -132,24 +132,35 @@ def _error_table(step: str, rows: list[Row], errors: dict[tuple, float]) -> Tabl
     return table
 
 
-def _number_table(step: str, rows: list[Row]) -> Table:
-    """A line per block that has something to say, a column per number; removed blocks stand out."""
+def _number_table(step: str, rows: list[Row], width: int) -> Table:
+    """A line per block that has something to say, a column per number; removed blocks stand out.
+
+    Errors come first; what does not fit the width of the terminal is counted below.
+    """
     found = {block: _numbers(own) for block, own in _by_block(rows).items()}
-    keys = list(dict.fromkeys(key for numbers in found.values() for key in numbers))[:COLUMNS]
-    table = plain_table(step, "block", *(key.replace("_", " ") for key in keys))
-    for block, numbers in found.items():
-        cells = [number_text(numbers.get(key)) for key in keys]
+    keys = list(dict.fromkeys(key for numbers in found.values() for key in numbers))
+    keys.sort(key=lambda key: not key.endswith(("removed", "_before", "_after")))
+    columns, room = {}, width - 6
+    for key in keys:
+        cells = [number_text(numbers.get(key)) for numbers in found.values()]
+        room -= 2 + max(len(key), *map(len, cells))
+        if room >= 0:
+            columns[key] = cells
+    table = plain_table(escape(step), "block", *(escape(key.replace("_", " ")) for key in columns))
+    for i, (block, numbers) in enumerate(found.items()):
+        cells = [cells[i] for cells in columns.values()]
         if any(cells):
-            gone = numbers.get("removed")
-            table.add_row(str(block), *cells, style="bold red" if gone else None)
+            table.add_row(str(block), *cells, style="bold red" if numbers.get("removed") else None)
+    if left := len(keys) - len(columns):
+        table.caption = f"{left} more numbers of every block are in report.json"
     return table
 
 
-def _by_block(rows: list[Row]) -> dict[int, list[Row]]:
-    """The rows of every block, without those of the whole model."""
-    found: dict[int, list[Row]] = {}
+def _by_block(rows: list[Row]) -> dict[int | None, list[Row]]:
+    """The rows of every block; under None those of linears outside the blocks, if there are any."""
+    found: dict[int | None, list[Row]] = {}
     for row in rows:
-        if row.block is not None:
+        if row.block is not None or row.linear is not None:
             found.setdefault(row.block, []).append(row)
     return found
 
