@@ -24,9 +24,12 @@ the order of merges follows the authors' code, which never applies them.
 
 import dataclasses
 import functools
+import logging
 import typing
 from collections.abc import Iterable
 from typing import Any
+
+import jax
 
 from jaxcomp.calibrate.merging import Found, Walk, find_merges, mixed_block
 from jaxcomp.calibrate.plan import ModelPlan, Program, tree_bytes
@@ -47,6 +50,8 @@ from jaxcomp.models.mix import check_mixable
 from jaxcomp.models.stream import block_step
 from jaxcomp.solvers import selection
 from jaxcomp.solvers.merging import Kind, Merge, Mix, absorbed, merge_all, merges_of_last
+
+log = logging.getLogger(__name__)
 
 NAME = "MergeBlocks"
 
@@ -116,7 +121,15 @@ class MergeBlocks:
         put = functools.partial(_put, model, mixes)
         inner = dataclasses.replace(run, store=run.store and run.store.part("put"))
         smaller = blockwise(NAME, drop(model, absorbed(mixes)), None, put, None, inner).model
-        return Result(smaller, self._rows(n, mixes, merges, found))
+        rows = self._rows(n, mixes, merges, found)
+        if unlike := _unlike(model, mixes):
+            why = (
+                f"the blocks that became blocks {', '.join(map(str, unlike))} differ in more than "
+                "weights, as in windows or rotary bases; what is left has those of the first"
+            )
+            log.warning(why)
+            rows[-1].metrics["warning 2"] = why
+        return Result(smaller, rows)
 
     def check(self, model: Decoder) -> None:
         """Raises ValueError where the settings do not fit the model; reads no block."""
@@ -206,6 +219,13 @@ class MergeBlocks:
                 )
         rows = [Row(NAME, i, None, numbers) for i, numbers in enumerate(metrics)]
         return [*rows, Row(NAME, None, None, whole)]
+
+
+def _unlike(model: Decoder, mixes: list[Mix]) -> list[int]:
+    """First blocks of mixes over blocks that differ in windows, heads or rotary bases."""
+    kinds = [jax.tree.structure(block_struct(block)) for block in model.blocks]
+    spans = {mix.first: kinds[mix.first : mix.first + len(mix.weights)] for mix in mixes}
+    return [first for first, found in spans.items() if any(kind != found[0] for kind in found)]
 
 
 def _put(model: Decoder, mixes: list[Mix], step: BlockStep) -> tuple[Block, Metrics]:

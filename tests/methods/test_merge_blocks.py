@@ -253,3 +253,12 @@ def test_the_last_merge_of_a_limited_walk_may_be_at_the_end(model):
     assert one.rows[-1].metrics["merges"] == "4+2"
     all_but_two = MergeBlocks("laco", remove=4, span=4, threshold=-1.0)(model, CALIB)
     assert all_but_two.model.kept == (0, 1)
+
+
+def test_a_merge_of_blocks_with_other_windows_is_warned_of(model):
+    gemma = tiny.model("gemma3_text", jax.random.key(0), num_hidden_layers=6)
+    windows = [block.attn.window for block in gemma.blocks]
+    at = next(i for i in range(5) if windows[i] != windows[i + 1])
+    rows = MergeBlocks("laco", merges=((at, 2),))(gemma).rows
+    assert f"became blocks {at} differ" in rows[-1].metrics["warning 2"]
+    assert "warning 2" not in MergeBlocks("laco", merges=((1, 2),))(model).rows[-1].metrics
