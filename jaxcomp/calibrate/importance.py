@@ -34,7 +34,7 @@ from jaxcomp.calibrate.plan import ModelPlan, Program, tree_bytes
 from jaxcomp.calibrate.removal import Tick, influences, losses_without
 from jaxcomp.calibrate.saliency import backward, check_weights, magnitude, taylor
 from jaxcomp.calibrate.similarity import outlier_blocks, peaks, similarity
-from jaxcomp.calibrate.stream import Calibration, Run, check_batches, check_text
+from jaxcomp.calibrate.stream import Calibration, Run, check_batches, check_one_process, check_text
 from jaxcomp.core.metrics import Row
 from jaxcomp.models.decoder import Decoder, block_struct
 from jaxcomp.models.depth import DepthPlan, drop, model_digest, plan_from_json, plan_to_json
@@ -141,11 +141,7 @@ def choose_blocks(
     how.check(model)
     if how.needs_text:
         check_text(name, calib)
-    if run.place.processes > 1:
-        raise ValueError(
-            f"{name} looks at the whole text, and {run.place.processes} processes hold a part "
-            "each; give it a mesh over the devices of one process"
-        )
+    check_one_process(name, run.place)
     if calib is not None:
         calib = dataclasses.replace(calib, tokens=calib.tokens[: how.windows])
         check_batches(calib, run.place)

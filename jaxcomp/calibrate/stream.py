@@ -307,6 +307,19 @@ def check_text(name: str, calib: Calibration | None) -> None:
         raise ValueError(f"{name} needs calibration text; give the recipe a CalibSpec as `calib`")
 
 
+def check_one_process(name: str, place: Placement) -> None:
+    """Refuses several processes, for a step that looks at the whole text.
+
+    Raises:
+      ValueError: there are several; says what to do.
+    """
+    if place.processes > 1:
+        raise ValueError(
+            f"{name} looks at the whole text, and {place.processes} processes hold a part each; "
+            "give it a mesh over the devices of one process"
+        )
+
+
 def check_batches(calib: Calibration, place: Placement) -> None:
     """Refuses batches that the devices cannot share evenly.
 

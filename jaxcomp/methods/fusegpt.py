@@ -42,6 +42,7 @@ from jaxcomp.calibrate.stream import (
     Result,
     Run,
     check_finite,
+    check_one_process,
     check_text,
 )
 from jaxcomp.core.metrics import Row
@@ -197,11 +198,7 @@ class FuseGPT:
 
     def _check_run(self, model: Decoder, calib: Calibration, run: Run) -> None:
         """What only the text and the devices can tell."""
-        if run.place.processes > 1:
-            raise ValueError(
-                f"{NAME} looks at the whole text, and {run.place.processes} processes hold a part "
-                "each; give it a mesh over the devices of one process"
-            )
+        check_one_process(NAME, run.place)
         run.place.check_batch(self.batch, "batch", "choose a multiple")
         largest, vocab = int(calib.tokens.max()), model.embed.table_shape[0]
         if largest >= vocab:

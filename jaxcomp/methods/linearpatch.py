@@ -55,6 +55,7 @@ from jaxcomp.calibrate.stream import (
     Result,
     Run,
     blockwise,
+    check_one_process,
     check_text,
 )
 from jaxcomp.core.hadamard import hadamard_base, no_hadamard
@@ -180,11 +181,7 @@ class LinearPatch:
     ) -> tuple[dict[int, Patch], dict[int, dict[str, Any]]]:
         """The maps and what was measured, both by the block behind the cut; kept in the store."""
         check_text(NAME, calib)
-        if run.place.processes > 1:
-            raise ValueError(
-                f"{NAME} looks at the whole text, and {run.place.processes} processes hold a part "
-                "each; give it a mesh over the devices of one process"
-            )
+        check_one_process(NAME, run.place)
         found: dict[int, dict[str, Any]] = {}
 
         def fit() -> dict[str, Patch]:

@@ -41,6 +41,7 @@ from jaxcomp.calibrate.stream import (
     Run,
     blockwise,
     check_batches,
+    check_one_process,
     check_text,
 )
 from jaxcomp.core.metrics import Row
@@ -176,11 +177,7 @@ class MergeBlocks:
 
     def _search(self, model: Decoder, calib: Calibration | None, run: Run) -> Found:
         check_text(NAME, calib)
-        if run.place.processes > 1:
-            raise ValueError(
-                f"{NAME} looks at the whole text, and {run.place.processes} processes hold a part "
-                "each; give it a mesh over the devices of one process"
-            )
+        check_one_process(NAME, run.place)
         calib = dataclasses.replace(calib, tokens=calib.tokens[: self.windows])
         check_batches(calib, run.place)
         how = Walk(**{name: getattr(self, name) for name in Walk._fields})
