@@ -32,6 +32,7 @@ from jaxcomp.calibrate import comparison
 from jaxcomp.calibrate.plan import check_steps, plan, plan_write
 from jaxcomp.calibrate.stream import Calibration, Run, StepStore, check_batches, write_whole
 from jaxcomp.core.files import sha256_file
+from jaxcomp.core.metrics import told_apart
 from jaxcomp.data.batches import evaluation_windows, sample_hash, sample_windows
 from jaxcomp.data.corpora import load_text
 from jaxcomp.data.tasks import task_digest
@@ -214,7 +215,7 @@ def compress(
                 store = StepStore(work / f"step.{i}")
                 run = Run(store, progress.step, mesh, original=loaded.model)
                 model, new = step(model, calib, run)
-                rows += new
+                rows += told_apart(new, rows)
                 found.append(step.found(new) if hasattr(step, "found") else step)
         original, loaded = loaded.model, dataclasses.replace(loaded, model=model)
         with _timed(seconds, "evaluation after"):

@@ -34,7 +34,8 @@ from jaxcomp.evals import Choice, Cost, Gold
 
 FREE = CalibSpec("wiki_calib", samples=16, length=512, batch=4)
 TRAIN = CalibSpec("wiki_calib", samples=136, length=512, batch=2)
-CHOOSE = dict(bi=16, block_cos=16, taylor=8, ppl=8, sleb=4, macro_influence=4, random=None)
+CHOOSE = dict(bi=16, block_cos=16, taylor=8, ppl=8, sleb=4, macro_influence=4)
+CONTROLS = dict(random=None, deepest=None)
 RANDOM = tuple(f"steps.0.seed={seed}" for seed in range(3))
 PATCHES = ("scalar", "diag", "hadamard", "lstsq", "mlp_branch")
 FIT = Descent(lr=2e-4, batch=2, validation=8)
@@ -47,7 +48,7 @@ def study() -> Study:
         model="demo:smollm2",
         title="SmolLM2-135M without some of its 30 blocks",
         rows=(
-            *(row for metric in CHOOSE for row in chosen(metric)),
+            *(row for metric in CHOOSE | CONTROLS for row in chosen(metric)),
             *(row for kind in PATCHES for row in patched(kind)),
             *merged(5),
             *map(quantized, (0, 3, 5, 8)),
@@ -117,7 +118,7 @@ def trained(n: int) -> list[StudyRow]:
 
 
 def prune(n: int, metric: str = "bi") -> PruneBlocks:
-    return PruneBlocks(n, metric, windows=CHOOSE[metric])
+    return PruneBlocks(n, metric, windows=(CHOOSE | CONTROLS)[metric])
 
 
 def row(name: str, n: int, calib: CalibSpec, *steps, repeats: tuple[str, ...] = ()) -> StudyRow:

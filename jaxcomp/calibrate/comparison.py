@@ -11,6 +11,9 @@ what those of any other do: the identity where the embedding tables agree, else 
 min ‖E R − E'‖ (Schönemann, doi 10.1007/BF02289451), which is exact but for rounding where a method
 rotated the stream. Streams that no R brings together are not compared.
 
+Where maps of cuts are folded into the weights the stream is of another size (`Decoder.stream`);
+its size is taken out of h' first.
+
 One token can hold nearly all the energy of a hidden state (the first of SmolLM2, in one channel),
 so an error is the median over tokens; the ratio of the energies of all stands beside it.
 """
@@ -82,6 +85,7 @@ def compare(
     depth = {"skipped": strange} if strange else {"rotated": rotation is not None}
     errors = [] if strange else [_errors(h_new, h, rotation)]
     local = [median for median, _ in errors]
+    scales = compressed.stream or (1.0,) * len(places)
     chosen = {round(i) for i in np.linspace(0, len(places) - 1, BLOCKS)}
     pairs, passed = zip(places, compressed.blocks, strict=True), 0
     for i, (place, new) in progress(enumerate(pairs)):
@@ -92,10 +96,11 @@ def compare(
             flatness += [{"block": i, **site} for site in compare_flatness(old, new, h, h_new)]
         start, h, h_new = h, _step(original, old, h), _step(compressed, new, h_new)
         if not strange:
-            errors.append(_errors(h_new, h, rotation))
+            size = scales[i]
+            errors.append(_errors(_times(h_new, 1 / size), h, rotation))
             bare = new.replace(patch=None)  # its input is the original's own, which needs none
-            alone = _step(compressed, bare, _rotated(start, rotation))
-            local.append(_errors(alone, h, rotation)[0])
+            alone = _step(compressed, bare, _times(_rotated(start, rotation), size))
+            local.append(_errors(_times(alone, 1 / size), h, rotation)[0])
     h = run_blocks(original.replace(blocks=original.blocks[passed:]), h)
     if not strange:
         curves = zip(
@@ -167,6 +172,10 @@ def _step(model: Decoder, block: Block, hidden: Hidden) -> Hidden:
 
 def _rotated(hidden: Hidden, rotation: np.ndarray | None) -> Hidden:
     return hidden if rotation is None else [(x @ rotation).astype(x.dtype) for x in hidden]
+
+
+def _times(hidden: Hidden, factor: float) -> Hidden:
+    return hidden if factor == 1 else [(x * factor).astype(x.dtype) for x in hidden]
 
 
 def _errors(hidden: Hidden, reference: Hidden, rotation: np.ndarray | None) -> tuple[float, float]:

@@ -143,8 +143,9 @@ def choose_blocks(
         check_text(name, calib)
     check_one_process(name, run.place)
     if calib is not None:
+        few = how.windows is not None and how.windows < len(calib.tokens)
         calib = dataclasses.replace(calib, tokens=calib.tokens[: how.windows])
-        check_batches(calib, run.place)
+        check_batches(calib, run.place, "windows" if few else "calib.samples")
     make = lambda: _choose(name, model, calib, how, run)  # noqa: E731
     kept = run.store.keep("plan", make) if run.store else make()
     return Chosen(plan_from_json(kept["plan"]), tuple(kept["warnings"]))

@@ -320,8 +320,11 @@ def check_one_process(name: str, place: Placement) -> None:
         )
 
 
-def check_batches(calib: Calibration, place: Placement) -> None:
+def check_batches(calib: Calibration, place: Placement, count: str = "calib.samples") -> None:
     """Refuses batches that the devices cannot share evenly.
+
+    Args:
+      count: the setting that says how many windows there are.
 
     Raises:
       ValueError: names the batch, the number of devices and what to set.
@@ -330,7 +333,7 @@ def check_batches(calib: Calibration, place: Placement) -> None:
     if samples >= calib.batch:
         instead = f"set calib.batch to a multiple of {n}"
         place.check_batch(calib.batch, "the batch of calibration windows", instead)
-    instead = f"set calib.samples to a multiple of {calib.batch}"
+    instead = f"set {count} to a multiple of {calib.batch}"
     place.check_batch(samples % calib.batch, "the last batch of calibration windows", instead)
 
 

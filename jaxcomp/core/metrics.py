@@ -1,6 +1,8 @@
 """How far one array is from another, and the row that carries such numbers to the report."""
 
 import dataclasses
+import itertools
+from collections.abc import Iterable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -42,3 +44,13 @@ class Row:
     linear: str | None
     metrics: dict[str, float | int | str | list[float]]
     seconds: float = 0.0
+
+
+def told_apart(rows: Iterable[Row], earlier: Iterable[Row]) -> list[Row]:
+    """Rows of a step under names that none of the rows before it has: "Distill", "Distill 2"."""
+    taken, names = {row.step for row in earlier}, {}
+    for row in rows:
+        numbers = (f"{row.step} {n}" for n in itertools.count(2))
+        free = (name for name in itertools.chain([row.step], numbers) if name not in taken)
+        names.setdefault(row.step, next(free))
+    return [dataclasses.replace(row, step=names[row.step]) for row in rows]

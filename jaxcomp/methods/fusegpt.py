@@ -187,7 +187,7 @@ class FuseGPT:
             task = Round(r, model, original, tuple(places), calib, inner)
             model, removed, scores = fuse_round(self, task, tick, look)
             for place, score in scores.items():
-                metrics[place][f"influence_{r + 1}"] = score
+                metrics[place].setdefault("influence", []).append(score)
             metrics[removed.block] |= removed.metrics
             seconds[removed.block] = removed.seconds
             places.remove(removed.block)

@@ -64,7 +64,7 @@ from jaxcomp.core.tree import get_at, replace_at
 from jaxcomp.models.anatomy import anatomy
 from jaxcomp.models.decoder import Block, Decoder, block_struct
 from jaxcomp.models.depth import DepthPlan, check_removed, cuts, drop, missing_at_end
-from jaxcomp.models.fold import check_dense, scale_stream
+from jaxcomp.models.fold import check_dense, check_scalable, scale_stream
 from jaxcomp.models.patch import Patch, patch_matrix
 from jaxcomp.models.stream import block_step
 
@@ -167,14 +167,26 @@ class LinearPatch:
         put = functools.partial(put_patch, self, patches, found)
         inner = dataclasses.replace(run, store=run.store and run.store.part("put"))
         result = blockwise(NAME, model, None, put, None, inner)
-        rows = [*rows, *result.rows]
+        rows, model = [*rows, *result.rows], result.model
+        if self.folds:
+            model = model.replace(stream=self.stream_scales(patches, len(model.blocks)))
         if behind := missing_at_end(model, original):
             why = (
                 f"blocks {behind.start} to {behind.stop - 1} are removed at the very end, where no "
                 "block is left to carry a patch"
             )
             rows.append(Row(NAME, None, None, {"warning 1": why}))
-        return Result(result.model, rows)
+        return Result(model, rows)
+
+    def stream_scales(self, patches: dict[int, Patch], n_blocks: int) -> tuple[float, ...]:
+        """What `Decoder.stream` says of the model whose cuts these maps mend."""
+        if self.kind != "scalar":
+            return (1.0,) * n_blocks
+        before = [
+            [float(p.transforms[0].scale[0]) for at, p in patches.items() if at <= i]
+            for i in range(n_blocks)
+        ]
+        return tuple(1 / math.prod(factors) for factors in before)
 
     def _fits(
         self, model: Decoder, original: Decoder, calib: Calibration | None, run: Run
@@ -214,11 +226,15 @@ class LinearPatch:
             if hadamard_base(width) is None:
                 ways = "rotation='block', rotation='orthogonal' or another kind"
                 raise ValueError(f"d_model={width}: {no_hadamard(width, ways)}")
+        if model.stream is not None:
+            raise ValueError("the maps of cuts are folded into the model already; patch it once")
+        first = self._first_cut(model)
         for i, block in enumerate(map(block_struct, model.blocks)):
             if block.patch is not None:
                 raise ValueError(f"block {i} carries a patch already; patch a model once")
             try:
-                self._check_folding(block)
+                if i >= first:
+                    self._check_folding(block)
             except ValueError as error:
                 raise ValueError(f"block {i}, {error}") from None
         if self.kind == "scalar" and self.folds and model.norm is None:
@@ -243,18 +259,22 @@ class LinearPatch:
                 )
             )
 
+    def _first_cut(self, model: Decoder) -> int:
+        """No block before it is changed, whatever is chosen."""
+        first = self.protect[0] if self.remove is not None else min(self.blocks or cuts(model))
+        return first - (self.kind == "mlp_branch")
+
     def _check_folding(self, block: Block) -> None:
-        if not self.folds:
+        if self.kind == "scalar" and self.folds:
+            check_scalable(block)
+        if self.kind != "mlp_branch":
             return
-        if self.kind == "mlp_branch" and block.ffn_post_norm is not None:
+        if block.ffn_post_norm is not None:
             raise ValueError(
                 "anatomy: a norm stands between ffn.down and the residual stream, so no map of "
                 "what the unit adds folds; use another kind"
             )
-        parts = anatomy(block)
-        readers = () if block.attn_norm is not None else parts["attn_in"].consumers
-        scaled = (*readers, *parts.writers)
-        for path in scaled if self.kind == "scalar" else parts["ffn_mid"].consumers:
+        for path in anatomy(block)["ffn_mid"].consumers:
             check_dense(get_at(block, path), path)
 
     def plan_model(self, model: Decoder, hidden: Any, batches: int) -> ModelPlan:
@@ -297,8 +317,8 @@ def put_patch(
     block, i = step.block, step.index
     metrics: Metrics = {"": found.get(i, {})}
     if cfg.kind == "scalar" and cfg.folds:
-        before = [float(p.transforms[0].scale[0]) for at, p in patches.items() if at <= i]
-        return (scale_stream(block, 1 / math.prod(before)) if before else block), metrics
+        scale = cfg.stream_scales(patches, i + 1)[i]
+        return (block if scale == 1 else scale_stream(block, scale)), metrics
     if cfg.kind == "mlp_branch":
         if (after := patches.get(i + 1)) is None:
             return block, metrics

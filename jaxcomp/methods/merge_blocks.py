@@ -9,7 +9,8 @@
 How many blocks go is what a walk finds, at most `remove`. What is left has plain weights, which
 stock classes load; norms, and what else is no linear, are those of the first of the merged.
 Channels and heads of neighbours correspond by nothing but the residual stream: expect less than
-from removal with a patch.
+from removal with a patch. LinearPatch takes what was absorbed for removed, and mends such a place
+only with inputs="compressed".
 
     MergeBlocks("laco", span=3, threshold=0.6)
     MergeBlocks("last", remove=5)
@@ -19,12 +20,16 @@ from removal with a patch.
 Source: Yang et al., LaCo, arXiv 2402.11187; its code subtracts weights that it has already replaced
 and so keeps the last ones ("laco_code"). Liu et al., MKA, 2406.16330, for "last": its manifold
 measure enters α alone, which comes out as 0.62 on nearly every input, so a constant stands for it;
-the order of merges follows the authors' code, which never applies them.
+the order of merges follows the authors' code, which never applies them. Departures from LaCo: a
+score is of whole windows, a mean over `windows`, where the paper takes a few sentences; `remove`
+and the last of `protect` are ours. `span` and `threshold` are the paper's for Baichuan2-13B; other
+models want their own.
 """
 
 import dataclasses
 import functools
 import logging
+import math
 import typing
 from collections.abc import Iterable
 from typing import Any
@@ -163,7 +168,8 @@ class MergeBlocks:
             batches = min(batches, -(-self.windows // hidden.shape[0]))
         struct = block_struct(model.blocks[0])
         passes = n + n * (n + 1) // 2
-        held = (n + 2) * batches * tree_bytes(hidden) + 2 * tree_bytes(struct)
+        sums = sum(math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(struct))
+        held = (n + 2) * batches * tree_bytes(hidden) + 2 * tree_bytes(struct) + sums
         return ModelPlan([Program(block_step, (struct, hidden), passes * batches)], held, guess)
 
     def found(self, rows: Iterable[Row]) -> "MergeBlocks":
@@ -178,8 +184,9 @@ class MergeBlocks:
     def _search(self, model: Decoder, calib: Calibration | None, run: Run) -> Found:
         check_text(NAME, calib)
         check_one_process(NAME, run.place)
+        few = self.windows is not None and self.windows < len(calib.tokens)
         calib = dataclasses.replace(calib, tokens=calib.tokens[: self.windows])
-        check_batches(calib, run.place)
+        check_batches(calib, run.place, "windows" if few else "calib.samples")
         how = Walk(**{name: getattr(self, name) for name in Walk._fields})
         told = functools.partial(run.progress or (lambda *args: None), NAME)
         return find_merges(model, calib, how, run, lambda done: told(done, len(model.blocks), []))

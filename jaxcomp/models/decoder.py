@@ -65,6 +65,8 @@ class Decoder:
     Attributes:
       lm_head: None means that the embedding is tied to the head.
       kept: of a model that lost blocks, the places its blocks had before; None where none did.
+      stream: of a model in whose weights maps of the residual stream are folded, how large the
+        stream in every block is beside the one it stands for; None where none are.
     """
 
     embed: Embed
@@ -73,6 +75,7 @@ class Decoder:
     lm_head: Linear | None = None
     config: ModelConfig = static(default=None)
     kept: tuple[int, ...] | None = static(default=None)
+    stream: tuple[float, ...] | None = static(default=None)
 
 
 def forward(

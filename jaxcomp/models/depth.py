@@ -46,9 +46,9 @@ def drop(model: Decoder, removed: Iterable[int]) -> Decoder:
             )
     rest = [i for i in range(len(model.blocks)) if i not in set(removed)]
     places = range(len(model.blocks)) if model.kept is None else model.kept
-    return model.replace(
-        blocks=tuple(model.blocks[i] for i in rest), kept=tuple(places[i] for i in rest)
-    )
+    left = lambda values: tuple(values[i] for i in rest)  # noqa: E731
+    stream = None if model.stream is None else left(model.stream)
+    return model.replace(blocks=left(model.blocks), kept=left(places), stream=stream)
 
 
 def with_gates(model: Decoder, gates: Float[Array, " blocks"]) -> Decoder:

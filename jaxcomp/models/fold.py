@@ -71,24 +71,55 @@ def scale_stream(block: Block, scale: float) -> Block:
     stream itself is divided. A norm behind a unit takes the scale in place of the weights.
 
     Raises:
-      ValueError: a weight is quantized already.
+      ValueError: see `check_scalable`.
     """
-    parts = anatomy(block)
-    norms = {"attn_in": "attn_norm", "ffn_in": "ffn_norm"}
-    for site, norm in norms.items():
-        for path in parts[site].consumers if getattr(block, norm) is None else ():
-            p = get_at(block, path)
-            check_dense(p, path)
-            block = replace_at(block, f"{path}.w", (_float32(p.w) / scale).astype(p.w.dtype))
-    norms = {"attn_out": "attn_post_norm", "ffn_mid": "ffn_post_norm"}
-    for site, norm in norms.items():
-        ends = parts[site].consumers if getattr(block, norm) is None else (norm,)
-        for path in ends:
-            producer = get_at(block, path)
-            weight = producer.weight if isinstance(producer, RMSNorm) else producer.w
-            each = jnp.full(weight.shape[-1], scale, jnp.float32)
-            block = replace_at(block, path, scale_output(producer, each, path))
+    check_scalable(block)
+    for path in (path for site in _bare_sites(block) for path in anatomy(block)[site].consumers):
+        p = get_at(block, path)
+        block = replace_at(block, f"{path}.w", (_float32(p.w) / scale).astype(p.w.dtype))
+    for path in _writers(block):
+        producer = get_at(block, path)
+        weight = producer.weight if isinstance(producer, RMSNorm) else producer.w
+        each = jnp.full(weight.shape[-1], scale, jnp.float32)
+        block = replace_at(block, path, scale_output(producer, each, path))
     return block
+
+
+def check_scalable(block: Block) -> None:
+    """Refuses a block that `scale_stream` cannot change exactly; shapes are enough.
+
+    Raises:
+      ValueError: a weight to scale is quantized, or a range was measured on the stream as it is.
+    """
+    parts, bare = anatomy(block), _bare_sites(block)
+    paths = (*(path for site in bare for path in parts[site].consumers), *_writers(block))
+    for path in paths:
+        if isinstance(p := get_at(block, path), Linear):
+            check_dense(p, path)
+    own = (CONSUMER_SITES.get(path, "") for site in bare for path in parts[site].consumers)
+    for site in (*bare, *own):
+        quantizer = block.sites.get(site, Site()).quantizer
+        if quantizer is not None and not quantizer.spec.dynamic:
+            raise ValueError(
+                f"{site} reads the residual stream itself, and its range was measured on the "
+                "stream as it is; put the step that scales the stream before the one that measures"
+            )
+
+
+def _bare_sites(block: Block) -> tuple[str, ...]:
+    """Sites that read the residual stream through no norm."""
+    norms = {"attn_in": block.attn_norm, "ffn_in": block.ffn_norm}
+    return tuple(site for site, norm in norms.items() if norm is None)
+
+
+def _writers(block: Block) -> tuple[str, ...]:
+    """What adds to the residual stream: the last linears of both units, or the norms behind."""
+    parts, norms = anatomy(block), {"attn_out": "attn_post_norm", "ffn_mid": "ffn_post_norm"}
+    ends = (
+        parts[site].consumers if getattr(block, norm) is None else (norm,)
+        for site, norm in norms.items()
+    )
+    return tuple(path for unit in ends for path in unit)
 
 
 def absorb(block: Block, site: str, t: Transform, inverse: Transform | None = None) -> Block:

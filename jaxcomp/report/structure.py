@@ -24,6 +24,9 @@ def structure_tree(model: Decoder, every_block: bool = False) -> Tree:
         root.add(f"[dim]{field.name}[/] {escape(str(value))}")
     if model.kept is not None:
         root.add(f"[dim]kept of the original's blocks[/] {', '.join(map(str, model.kept))}")
+    if model.stream is not None:
+        sizes = ", ".join(f"{size:.4g}" for size in model.stream)
+        root.add(f"[dim]size of the residual stream in every block[/] {sizes}")
     _add(root, "embed", model.embed)
     structs = [block_struct(block) for block in model.blocks]
     runs: list[list[int]] = []

@@ -166,12 +166,12 @@ def _by_block(rows: list[Row]) -> dict[int | None, list[Row]]:
 
 
 def _numbers(rows: list[Row]) -> dict[str, Any]:
-    """What the rows of a block itself say, but curves and what is measured again every round."""
+    """What the rows of a block itself say, but curves."""
     values = {k: v for r in rows if r.linear is None for k, v in r.metrics.items()}
     return {
         k: ("yes" if v else "") if k == "removed" else v
         for k, v in values.items()
-        if not isinstance(v, list) and not k.rpartition("_")[2].isdigit()
+        if not isinstance(v, list)
     }
 
 

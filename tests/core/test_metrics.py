@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcomp.core.metrics import cosine, relative_error, sqnr
+from jaxcomp.core.metrics import Row, cosine, relative_error, sqnr, told_apart
 
 
 @pytest.fixture
@@ -39,3 +39,10 @@ def test_errors_do_not_depend_on_a_common_scale_but_the_cosine_not_even_on_one_s
 def test_bfloat16_arrays_are_compared_in_float32(pair):
     x = jnp.full(1000, 1.0, jnp.bfloat16)
     assert float(relative_error(2 * x, x)) == 1 and relative_error(x, x).dtype == jnp.float32
+
+
+def test_steps_of_one_name_are_told_apart():
+    rows = []
+    for names in (["A", "A choice", "A"], ["B"], ["A"], ["A", "B"]):
+        rows += told_apart([Row(name, None, None, {}) for name in names], rows)
+    assert [r.step for r in rows] == ["A", "A choice", "A", "B", "A 2", "A 3", "B 2"]

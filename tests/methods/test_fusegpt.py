@@ -59,7 +59,7 @@ def test_a_block_that_does_nothing_goes_first_and_nothing_is_left_to_learn(model
     result = FuseGPT(2, **SMALL)(model.replace(blocks=blocks), CALIB)
     rows = block_rows(result)
     first = next(i for i in rows if rows[i].get("round") == 1)
-    assert first == 3 and abs(rows[3]["influence_1"]) < 1e-12
+    assert first == 3 and abs(rows[3]["influence"][0]) < 1e-12
     assert rows[3]["loss_curve"][0] < 1e-10 and rows[3]["mse_before"] < 1e-10
 
 
@@ -69,9 +69,10 @@ def test_rows_tell_of_every_round(model):
     gone = sorted((m["round"], i) for i, m in rows.items() if m["removed"])
     assert [r for r, _ in gone] == [1, 2]
     (_, first), (_, second) = gone
-    assert all("influence_1" in m for m in rows.values())
-    assert [i for i, m in rows.items() if "influence_2" not in m] == [first]
-    assert rows[first]["influence_1"] == min(m["influence_1"] for m in rows.values())
+    assert {i: len(m["influence"]) for i, m in rows.items()} == {
+        i: 1 if i == first else 2 for i in range(5)
+    }
+    assert rows[first]["influence"] == [min(m["influence"][0] for m in rows.values())]
     group = [int(i) for i in rows[second]["group"].split(", ")]
     assert len(group) == 3 and not {first, second} & {*group}
     assert len(rows[first]["loss_curve"]) == 4
@@ -92,7 +93,7 @@ def test_the_second_round_measures_what_the_first_has_made(model):
     rows = block_rows(step(model, CALIB))
     first = next(i for i in rows if rows[i].get("round") == 1)
     fused = dataclasses.replace(step, remove=None, blocks=(first,))(model, CALIB).model
-    found = [rows[i]["influence_2"] for i in rows if i != first]
+    found = [rows[i]["influence"][1] for i in rows if i != first]
     expected = influences(fused, CALIB, range(4))
     np.testing.assert_allclose(found, list(expected.values()), rtol=1e-4)
     unfused = influences(drop(model, (first,)), CALIB, range(4))
@@ -101,7 +102,7 @@ def test_the_second_round_measures_what_the_first_has_made(model):
 
 def test_protected_blocks_stay(model):
     result = FuseGPT(1, protect=(2, 2), **SMALL)(model, CALIB)
-    assert block_rows(result)[2]["removed"] == 1 and "influence_1" not in block_rows(result)[0]
+    assert block_rows(result)[2]["removed"] == 1 and "influence" not in block_rows(result)[0]
 
 
 def test_a_fit_brings_the_group_nearer_and_the_found_step_does_the_same_again(model):

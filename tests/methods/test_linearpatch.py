@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 import jaxcomp
+from jaxcomp import artefact
 from jaxcomp.calibrate import Calibration, Run, StepStore
+from jaxcomp.calibrate.comparison import compare
 from jaxcomp.calibrate.plan import check_steps, plan
 from jaxcomp.core.quantize import QuantSpec
-from jaxcomp.core.tree import named_leaves
+from jaxcomp.core.tree import get_at, named_leaves, replace_at
 from jaxcomp.export import export
 from jaxcomp.methods import GPTQ, RTN, FlatQuant, LinearPatch, PruneBlocks, QuaRot
 from jaxcomp.models.decoder import forward
@@ -73,6 +75,52 @@ def test_a_folded_scalar_is_the_patch(family, blocks):
     a, b = forward(folded, TOKENS), forward(explicit, TOKENS)
     np.testing.assert_allclose(a, b, atol=1e-3 * float(jnp.abs(b).max()))
     assert np.abs(a - forward(drop(model, blocks), TOKENS)).max() > 0.01 * float(jnp.abs(b).max())
+
+
+@pytest.mark.parametrize("kind", ["scalar", "mlp_branch"])
+def test_what_is_folded_leaves_a_mark_and_is_not_folded_again(model, kind, tmp_path):
+    folded = LinearPatch(kind, blocks=(1, 3))(model, CALIB).model
+    assert len(folded.stream) == 3 and (folded.stream == (1.0,) * 3) == (kind == "mlp_branch")
+    assert folded.stream[0] == 1.0 and LinearPatch("diag", blocks=(1,))(model, CALIB)
+    assert drop(folded, (1,)).stream == folded.stream[::2]
+    with pytest.raises(ValueError, match="folded into the model already; patch it once"):
+        LinearPatch(kind)(folded, CALIB, Run(original=model))
+    artefact.save(folded, tmp_path / "m")
+    assert artefact.load(tmp_path / "m").stream == folded.stream
+
+
+def test_a_folded_scalar_is_compared_as_the_patch_is(model):
+    """Of another size than the original's, the stream means the same."""
+    models = (
+        LinearPatch("scalar", blocks=(1, 3), fold=f)(model, CALIB).model for f in (True, False)
+    )
+    folded, explicit = (compare(model, m, np.asarray(TOKENS)) for m in models)
+    for name in ("median", "energy", "local"):
+        np.testing.assert_allclose(folded.depth[name], explicit.depth[name], rtol=1e-3, atol=1e-7)
+
+
+def test_only_what_a_scalar_changes_has_to_be_dense():
+    """Norms behind the units take the scale; without norms before them the readers are divided."""
+    codes = lambda m: RTN(QuantSpec(4))(m, None).model  # noqa: E731
+    gemma = tiny.model("gemma3_text", jax.random.key(0), num_hidden_layers=5)
+    quantized = codes(gemma)
+    folded, explicit = (
+        LinearPatch("scalar", blocks=(2,), fold=f)(quantized, CALIB).model for f in (True, False)
+    )
+    a, b = forward(folded, TOKENS), forward(explicit, TOKENS)
+    np.testing.assert_allclose(a, b, atol=1e-3 * float(jnp.abs(b).max()))
+    olmo = tiny.model("olmo2", jax.random.key(0), num_hidden_layers=5)
+    for name in ("ffn.up", "attn.q"):
+        last = replace_at(olmo.blocks[4], name, get_at(codes(olmo).blocks[4], name))
+        one = olmo.replace(blocks=(*olmo.blocks[:4], last))
+        with pytest.raises(ValueError, match=f"block 4, {name} is already quantized"):
+            LinearPatch("scalar", blocks=(2,)).check(one)
+    early = olmo.replace(blocks=(*codes(olmo).blocks[:2], *olmo.blocks[2:]))
+    LinearPatch("scalar", blocks=(2,)).check(early)
+    static = RTN(None, act=QuantSpec(8, granularity="tensor"))
+    ranged = static(olmo, CALIB).model
+    with pytest.raises(ValueError, match="block 2, attn_in reads the residual stream itself"):
+        LinearPatch("scalar", blocks=(2,)).check(ranged)
 
 
 def test_the_dense_form_computes_what_the_factors_compute(model):
@@ -204,7 +252,7 @@ def test_the_original_is_asked_for_and_must_be_the_one_that_was_pruned(model):
 
 def test_codes_and_patches_that_are_there_already_are_refused(model):
     quantized, _ = RTN(QuantSpec(4))(drop(model, (2,)), None)
-    with pytest.raises(ValueError, match=r"block 0, \S+ is already quantized to 4 bits"):
+    with pytest.raises(ValueError, match=r"block 2, \S+ is already quantized to 4 bits"):
         LinearPatch("scalar").check(quantized)
     LinearPatch("diag").check(quantized)
     once = LinearPatch("diag", blocks=(2,))(model, CALIB).model

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxcomp import artefact
 from jaxcomp.calibrate import Calibration, Run, StepStore
 from jaxcomp.calibrate.plan import check_steps
 from jaxcomp.core.tree import get_at, named_leaves, replace_at
 from jaxcomp.methods import RTN, MergeBlocks, QuaRot
 from jaxcomp.models.anatomy import anatomy
-from jaxcomp.models.decoder import forward
+from jaxcomp.models.decoder import BlockHandle, forward, load_block
 from jaxcomp.models.layers import rms_norm
 from jaxcomp.models.stream import embed_batches, run_blocks
 from tests import tiny
@@ -138,6 +139,30 @@ def test_of_blocks_that_do_nothing_one_goes_and_no_other_does(model):
     assert result.rows[-1].metrics["removed_blocks"] == "3"
     tokens = tiny.tokens(jax.random.key(2))
     np.testing.assert_allclose(forward(result.model, tokens), forward(twin, tokens), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [MergeBlocks("laco", 2, 2, -1.0, interval=2), MergeBlocks("last", remove=2, alpha=0.3)],
+    ids=["laco", "last"],
+)
+def test_blocks_on_disk_in_half_precision_are_merged_as_those_in_memory(model, tmp_path, step):
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), model)
+    artefact.save(half, tmp_path / "m")
+    stored = artefact.load(tmp_path / "m", lazy=True)
+    assert isinstance(stored.blocks[0], BlockHandle)
+    found, expected = step(stored, CALIB), step(half, CALIB)
+    assert found.rows[-1].metrics == expected.rows[-1].metrics
+    assert found.model.kept == expected.model.kept and len(found.model.blocks) == 4
+    for new, old in zip(map(load_block, found.model.blocks), expected.model.blocks, strict=True):
+        leaves = named_leaves(old)
+        assert all(x.dtype == jnp.bfloat16 for x in leaves.values())
+        assert all(np.array_equal(x, leaves[name]) for name, x in named_leaves(new).items())
+    exact = step.found(found.rows)(model).model
+    for new, old in zip(expected.model.blocks, exact.blocks, strict=True):
+        for path, p in linears(old).items():
+            near = np.asarray(get_at(new, path).w, np.float32)
+            np.testing.assert_allclose(near, p.w, atol=0.02 * float(jnp.abs(p.w).max()))
 
 
 def test_a_walk_that_keeps_nothing_says_so_and_changes_nothing(model):
