@@ -11,8 +11,9 @@ from jaxcomp.calibrate.descent import Descent
 from jaxcomp.calibrate.mask_search import MaskSearch
 from jaxcomp.calibrate.plan import check_steps, plan
 from jaxcomp.calibrate.trainable import Trainable
-from jaxcomp.core.quantize import QuantSpec
-from jaxcomp.methods import GPTQ, RTN, E3Pruner
+from jaxcomp.core.quantize import QTensor, QuantSpec
+from jaxcomp.export import export
+from jaxcomp.methods import GPTQ, RTN, E3Pruner, FlatQuant, LinearPatch
 from jaxcomp.methods.e3pruner import CHOICE, Recovery
 from jaxcomp.models.decoder import forward, iter_blocks
 from jaxcomp.models.depth import drop, load_plan, with_gates
@@ -158,3 +159,28 @@ def test_a_recipe_searches_recovers_then_quantizes_and_leaves_the_choice_as_a_re
     found = jaxcomp.recipe.load_recipe(tmp_path / "out" / "found_recipe.json")
     assert found.steps[0].blocks == tuple(i for i in range(4) if i not in model.kept)
     assert "E3Pruner" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_searched_patched_and_flattened_in_one_recipe(tmp_path):
+    """Three systems, one after another: what is exported says where the patch has no place."""
+    source = tiny.checkpoint("qwen3", jax.random.key(0), tmp_path / "hf", num_hidden_layers=5)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(tiny.SENTENCES * 60))
+    calib = CalibSpec(str(text), samples=10, length=16, batch=2)
+    search = E3Pruner(2, search=dataclasses.replace(HUNT, batch=2), recover=RELEARN, k=8)
+    patch, flat = LinearPatch("lstsq"), FlatQuant(QuantSpec(8), epochs=1, act=None)
+    models = []
+    for steps in ((search, patch), (search, patch, flat)):
+        out = tmp_path / str(len(steps))
+        jaxcomp.compress(source, Recipe(steps, calib), out)
+        models.append(jaxcomp.load(out).model)
+    before, after = models
+    assert before.kept == after.kept and len(after.kept) == 3
+    patched = [b.patch is not None for b in iter_blocks(after)]
+    assert any(patched) and patched == [b.patch is not None for b in iter_blocks(before)]
+    assert all(isinstance(b.ffn.down.w, QTensor) for b in iter_blocks(after))
+    a, b = (forward(m, tiny.tokens(jax.random.key(2))) for m in models)
+    assert 0 < float(jnp.mean((a - b) ** 2) / jnp.mean(a**2)) < 0.01
+    with pytest.raises(ValueError, match="maps its input by a patch"):
+        export(tmp_path / "3", "hf", tmp_path / "export")
