@@ -7,6 +7,7 @@ from typing import Any
 from jaxcomp.report.style import COLOURS, QUIET, label_ends, picture
 from jaxcomp.studies.plot import FAR, LOG_FROM, plain_ticks
 from jaxcomp.studies.results import Line, Number, spread
+from jaxcomp.studies.table import value_text
 
 MARKS = {"o": "●", "s": "■", "^": "▲", "D": "◆"}  # change when colours come round
 NAME = 0.2  # inches of height that the name of a curve takes
@@ -38,17 +39,25 @@ def curve(rows: list[Line], group: str, number: Number, along: str) -> list[tupl
     return sorted((float(line.labels[along]), spread(line.values[number])[0]) for line in found)
 
 
+def near_and_far(
+    points: list[tuple[float, float]], base: float
+) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """Those that are drawn where they are, and those that an arrow at the upper edge stands for."""
+    far = lambda y: not math.isfinite(y) or (math.isfinite(base) and y > FAR * base > 0)  # noqa: E731
+    return [p for p in points if not far(p[1])], [p for p in points if far(p[1])]
+
+
 def _draw(
     axis: Any, number: Number, itself: Line, curves: dict[str, list[tuple[float, float]]]
 ) -> None:
     (base,) = itself.values.get(number, (math.nan,))
-    far = lambda y: not math.isfinite(y) or (math.isfinite(base) and y > FAR * base > 0)  # noqa: E731
-    shown = {group: [p for p in points if not far(p[1])] for group, points in curves.items()}
+    split = {group: near_and_far(points, base) for group, points in curves.items()}
+    shown, beyond = ({group: parts[i] for group, parts in split.items()} for i in (0, 1))
     heights = [y for points in shown.values() for _, y in points]
     heights += [base] if math.isfinite(base) else []
     if heights and min(heights) > 0 and max(heights) / min(heights) > LOG_FROM:
         axis.set_yscale("log")
-    shown = {group: points for group, points in shown.items() if points}
+    shown, beyond = ({g: p for g, p in part.items() if p} for part in (shown, beyond))
     colours = {group: COLOURS[i % len(COLOURS)] for i, group in enumerate(curves)}
     rounds = {group: i // len(COLOURS) for i, group in enumerate(curves)}
     marks = {group: [*MARKS][n % len(MARKS)] for group, n in rounds.items()}
@@ -59,10 +68,16 @@ def _draw(
         axis.axhline(base, color=QUIET, linewidth=1.2, linestyle=(0, (4, 3)))
     if axis.get_yscale() == "log":
         plain_ticks(axis.yaxis)
-    places = sorted({x for points in shown.values() for x, _ in points})
+    every = (*shown.values(), *beyond.values())
+    places = sorted({x for points in every for x, _ in points})
     if 0 < len(places) <= 12:
         axis.set_xticks(places, [f"{x:g}" for x in places])
-    left, right = axis.get_xlim()
+    (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+    for group, points in beyond.items():
+        for x, _ in points:
+            arrow = dict(marker="$↑$", markersize=8, linestyle="", clip_on=False)
+            axis.plot([x], [top], color=colours[group], **arrow)
+    axis.set_ylim(bottom, top)
     for group, points in shown.items():
         x, y = points[-1]
         if x < places[-1]:  # leads to the name at the edge
@@ -70,9 +85,12 @@ def _draw(
             axis.plot([x, right], [y, y], **dots)
     axis.set_xlim(left, right)
     axis.grid(axis="y")
-    axis.set_title(number.heading)
+    axis.set_title(number.heading, pad=18 if beyond else 6)
     axis.figure.canvas.draw()  # limits and sizes are final
     again = max(rounds.values(), default=0) > 0
     called = {g: f"{MARKS[m]} {g}" if again else g for g, m in marks.items()}
     ends = [(points[-1][1], called[g], colours[g]) for g, points in shown.items()]
+    for group, points in beyond.items():
+        told = ", ".join(value_text((y,)) for _, y in points)
+        ends.append((top, f"{called[group]} ↑ {told}", colours[group]))
     label_ends(axis, [*ends, *([(base, itself.name, QUIET)] if math.isfinite(base) else [])])

@@ -4,7 +4,7 @@ from jaxcomp.evals import Cost, Perplexity
 from jaxcomp.recipe import Recipe, recipe_to_json
 from jaxcomp.report import Report, to_json
 from jaxcomp.studies import compare_reports
-from jaxcomp.studies.curves import curve, plot_curves
+from jaxcomp.studies.curves import curve, near_and_far, plot_curves
 from jaxcomp.studies.results import Line, Number, choose_numbers, named_now, with_retained
 
 SHORT, LONG = Perplexity("a.txt", tokens=99), Perplexity("a.txt", tokens=99, through_cache=8)
@@ -68,5 +68,8 @@ def test_curves_go_along_the_numbers_of_a_label(tmp_path):
     lines += [line("b", "b", "3", float("inf"), 31.0), line("failed", "b", "5")]
     found = curve([line for line in lines if "removed" in line.labels], "a", loss, "removed")
     assert [x for x, _ in found] == [3, 5, 10]
+    near, far = near_and_far([(3, 20.0), (5, 1e9), (8, float("nan"))], 20.0)
+    assert near == [(3, 20.0)] and [x for x, _ in far] == [5, 8]
+    assert near_and_far([(3, 1e9)], float("nan")) == ([(3, 1e9)], [])
     plot_curves(lines, [loss, speed], "removed", tmp_path / "curves.png", "two panels")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
