@@ -34,7 +34,7 @@ from jaxcomp.calibrate.plan import ModelPlan, Program, tree_bytes
 from jaxcomp.calibrate.removal import Tick, influences, losses_without
 from jaxcomp.calibrate.saliency import backward, check_weights, magnitude, taylor
 from jaxcomp.calibrate.similarity import outlier_blocks, peaks, similarity
-from jaxcomp.calibrate.stream import Calibration, Run, check_batches, check_one_process, check_text
+from jaxcomp.calibrate.stream import Calibration, Run, check_one_process, check_text, first_windows
 from jaxcomp.core.metrics import Row
 from jaxcomp.models.decoder import Decoder, block_struct
 from jaxcomp.models.depth import DepthPlan, drop, model_digest, plan_from_json, plan_to_json
@@ -143,9 +143,7 @@ def choose_blocks(
         check_text(name, calib)
     check_one_process(name, run.place)
     if calib is not None:
-        few = how.windows is not None and how.windows < len(calib.tokens)
-        calib = dataclasses.replace(calib, tokens=calib.tokens[: how.windows])
-        check_batches(calib, run.place, "windows" if few else "calib.samples")
+        calib = first_windows(calib, how.windows, run.place)
     make = lambda: _choose(name, model, calib, how, run)  # noqa: E731
     kept = run.store.keep("plan", make) if run.store else make()
     return Chosen(plan_from_json(kept["plan"]), tuple(kept["warnings"]))

@@ -337,6 +337,18 @@ def check_batches(calib: Calibration, place: Placement, count: str = "calib.samp
     place.check_batch(samples % calib.batch, "the last batch of calibration windows", instead)
 
 
+def first_windows(calib: Calibration, count: int | None, place: Placement) -> Calibration:
+    """The first `count` windows, all where None, in batches that the devices share evenly.
+
+    Raises:
+      ValueError: see `check_batches`; names the setting `windows` where it is what limits them.
+    """
+    fewer = count is not None and count < len(calib.tokens)
+    calib = dataclasses.replace(calib, tokens=calib.tokens[:count])
+    check_batches(calib, place, "windows" if fewer else "calib.samples")
+    return calib
+
+
 def _embedded(model: Decoder, calib: Calibration, place: Placement) -> Hidden:
     starts = range(0, len(calib.tokens), calib.batch)
     shares = [place.share(calib.tokens[i : i + calib.batch]) for i in starts]

@@ -45,9 +45,9 @@ from jaxcomp.calibrate.stream import (
     Result,
     Run,
     blockwise,
-    check_batches,
     check_one_process,
     check_text,
+    first_windows,
 )
 from jaxcomp.core.metrics import Row
 from jaxcomp.models.decoder import Block, Decoder, block_struct
@@ -184,9 +184,7 @@ class MergeBlocks:
     def _search(self, model: Decoder, calib: Calibration | None, run: Run) -> Found:
         check_text(NAME, calib)
         check_one_process(NAME, run.place)
-        few = self.windows is not None and self.windows < len(calib.tokens)
-        calib = dataclasses.replace(calib, tokens=calib.tokens[: self.windows])
-        check_batches(calib, run.place, "windows" if few else "calib.samples")
+        calib = first_windows(calib, self.windows, run.place)
         how = Walk(**{name: getattr(self, name) for name in Walk._fields})
         told = functools.partial(run.progress or (lambda *args: None), NAME)
         return find_merges(model, calib, how, run, lambda done: told(done, len(model.blocks), []))

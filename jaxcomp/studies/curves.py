@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 from jaxcomp.report.style import COLOURS, QUIET, label_ends, picture
-from jaxcomp.studies.plot import FAR, LOG_FROM, plain_ticks
+from jaxcomp.studies.plot import LOG_FROM, is_far, plain_ticks
 from jaxcomp.studies.results import Line, Number, spread
 from jaxcomp.studies.table import value_text
 
@@ -43,8 +43,8 @@ def near_and_far(
     points: list[tuple[float, float]], base: float
 ) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
     """Those that are drawn where they are, and those that an arrow at the upper edge stands for."""
-    far = lambda y: not math.isfinite(y) or (math.isfinite(base) and y > FAR * base > 0)  # noqa: E731
-    return [p for p in points if not far(p[1])], [p for p in points if far(p[1])]
+    far = [p for p in points if is_far(p[1], base)]
+    return [p for p in points if not is_far(p[1], base)], far
 
 
 def _draw(

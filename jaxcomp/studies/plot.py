@@ -46,7 +46,7 @@ def _draw_number(
     groups = list(dict.fromkeys(line.group for line in rows))
     (base,) = itself.values.get(number, (math.nan,))
     found = [v for line in (itself, *rows) for v in line.values.get(number, ())]
-    finite = [v for v in found if not _is_far(v, base)] or [1.0]
+    finite = [v for v in found if not is_far(v, base)] or [1.0]
     log = min(finite) > 0 and max(finite) / min(finite) > LOG_FROM
     if log:
         axis.set_xscale("log")
@@ -83,12 +83,12 @@ def _draw_line(
     if not values:
         return
     mean, deviation = spread(values)
-    far = _is_far(mean, base)
+    far = is_far(mean, base)
     x = edge if far else mean
     if math.isfinite(base):
         axis.plot([base, x], [y, y], color=colour, alpha=0.3, linewidth=2.2, solid_capstyle="butt")
     if deviation is not None:
-        inside = [v for v in values if not _is_far(v, base)]
+        inside = [v for v in values if not is_far(v, base)]
         runs = dict(markersize=5, alpha=0.45, markeredgewidth=0)
         axis.plot(inside, [y] * len(inside), "o", color=colour, **runs)
     if far:
@@ -99,7 +99,7 @@ def _draw_line(
         axis.plot([x], [y], "|", color=colour, markersize=12, markeredgewidth=2, zorder=3)
 
 
-def _is_far(value: float, base: float) -> bool:
+def is_far(value: float, base: float) -> bool:
     """Whether a value is drawn at the edge; NaN and infinity are, too."""
     return not math.isfinite(value) or (math.isfinite(base) and value > FAR * base > 0)
 
